@@ -1,0 +1,32 @@
+"""Writes a router.toml."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Table = Mapping[str, Any]
+
+
+def _value(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str() | Path():
+            return json.dumps(str(value))  # a JSON string without surrogates is a TOML basic string
+        case list() | tuple():
+            return "[" + ", ".join(map(_value, value)) + "]"
+    raise TypeError(f"not for TOML here: {value!r}")
+
+
+def router_toml(*, models: Mapping[str, Table], system: Table | None = None, api: Table | None = None) -> str:
+    """The file's text."""
+    tables = {"api": api or {}, "system": system or {}}
+    tables |= {f"models.{json.dumps(alias)}": model for alias, model in models.items()}
+    lines = []
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {_value(value)}" for key, value in table.items()]
+    return "\n".join([*lines, ""])

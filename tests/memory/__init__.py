@@ -1,0 +1,1 @@
+"""Devices, headers and footprints."""

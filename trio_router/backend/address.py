@@ -1,0 +1,88 @@
+"""Where one llama-server listens, and the private folder its socket lives in."""
+
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import attrs
+
+FOLDER_PREFIX = "trio-router-"
+MAX_SOCKET_PATH = 107
+"""Bytes of `sockaddr_un.sun_path` that can be used, unix(7)."""
+
+
+@attrs.frozen(kw_only=True)
+class Address:
+    """A Unix socket (`path`), or a loopback TCP port with a key that only this incarnation knows."""
+
+    path: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    key: str | None = attrs.field(default=None, repr=False)
+
+    def remove(self) -> None:
+        """Take the socket's name away: llama-server leaves it behind, and would not bind to it again."""
+        if self.path is not None:
+            Path(self.path).unlink(missing_ok=True)
+
+    def __str__(self) -> str:
+        return self.path if self.path is not None else f"{self.host}:{self.port}"
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """A 0700 folder for this router's sockets, gone at the end.
+
+    Folders of routers that were killed are swept first: each living router holds a lock on its own, and the
+    kernel drops that lock with the process, however it ends.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    base = Path(runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir())
+    _sweep(base)
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))  # 0700 by mkdtemp's promise
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield folder
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(base: Path) -> None:
+    for folder in base.glob(FOLDER_PREFIX + "*"):
+        with suppress(OSError):  # another user's, or one being made or swept by another router right now
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def unix_address(folder: Path, number: int, incarnation: int) -> Address:
+    """A socket name no other incarnation of any model has had; llama-server asks that it ends in `.sock`.
+
+    Raises OSError when the folder's path leaves no room for it.
+    """
+    path = str(folder / f"{number}-{incarnation}.sock")
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise OSError(f"socket path is longer than {MAX_SOCKET_PATH} bytes: {path}; set TMPDIR to a shorter one")
+    return Address(path=path)
+
+
+def tcp_address() -> Address:
+    """A loopback port that was free a moment ago, and a fresh key.
+
+    Another program may take the port before llama-server does: that is a failed load, which is tried again.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    return Address(port=port, key=secrets.token_urlsafe(24))

@@ -1,0 +1,98 @@
+"""What the router asks of a llama-server for itself: is it well, what is it. The only user of httpx.
+
+One client per incarnation, closed with it. `trust_env=False`, or `HTTP_PROXY` would be asked for a loopback
+address; `verify=False`, because making a TLS context we never use takes 100 ms.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import httpx
+import trio
+
+from trio_router.backend.address import Address
+
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+TIMEOUT = httpx.Timeout(5.0)
+
+
+class NoAnswer(Exception):
+    """Raised when a llama-server does not answer a question of ours as it should."""
+
+
+@attrs.define(eq=False)
+class BackendClient:
+    """Questions to one incarnation."""
+
+    _http: httpx.AsyncClient
+
+    async def healthy(self) -> bool:
+        """Whether `/health` says 200; False while it says 503: loading. Raises NoAnswer for anything else."""
+        answer = await self._get("/health")
+        if answer.status_code == 503:
+            return False
+        if answer.status_code != 200:
+            raise NoAnswer(f"/health answered {answer.status_code}")
+        return True
+
+    async def props(self) -> dict[str, Any]:
+        """`/props`: what was loaded and with which settings. Raises NoAnswer."""
+        return await self._object("/props")
+
+    async def metrics(self) -> str:
+        """`/metrics`, Prometheus text (it needs the flag `--metrics`). Raises NoAnswer."""
+        answer = await self._get("/metrics")
+        if answer.status_code != 200:
+            raise NoAnswer(f"/metrics answered {answer.status_code}")
+        return answer.text
+
+    async def _object(self, path: str) -> dict[str, Any]:
+        answer = await self._get(path)
+        if answer.status_code != 200:
+            raise NoAnswer(f"{path} answered {answer.status_code}")
+        try:
+            found = answer.json()
+        except ValueError as error:
+            raise NoAnswer(f"{path} answered something that is not JSON") from error
+        if not isinstance(found, dict):
+            raise NoAnswer(f"{path} answered something that is not a JSON object")
+        return found
+
+    async def _get(self, path: str) -> httpx.Response:
+        try:
+            # a bound on the whole, beside httpx's own on each read: one byte a second would satisfy those
+            with trio.fail_after(TIMEOUT.read or 5.0):
+                async with self._http.stream("GET", path) as answer:
+                    body = bytearray()
+                    async for piece in answer.aiter_raw():
+                        body += piece
+                        if len(body) > MAX_ANSWER_BYTES:
+                            raise NoAnswer(f"{path} answered more than {MAX_ANSWER_BYTES} bytes")
+                    return httpx.Response(answer.status_code, headers=_content_type(answer), content=bytes(body))
+        except trio.TooSlowError as error:
+            raise NoAnswer(f"{path} did not answer within {TIMEOUT.read:g} s") from error
+        except httpx.HTTPError as error:
+            raise NoAnswer(f"{path}: {type(error).__name__} {error}".rstrip()) from error
+
+
+def _content_type(answer: httpx.Response) -> dict[str, str]:
+    return {"content-type": answer.headers.get("content-type", "application/octet-stream")}
+
+
+@asynccontextmanager
+async def backend_client(address: Address) -> AsyncIterator[BackendClient]:
+    """A client for the llama-server at `address`; it need not be listening yet."""
+    transport = httpx.AsyncHTTPTransport(
+        uds=address.path,
+        verify=False,
+        trust_env=False,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=1),
+    )
+    headers = {} if address.key is None else {"authorization": f"Bearer {address.key}"}
+    base = "http://backend" if address.path is not None else f"http://{address.host}:{address.port}"
+    async with httpx.AsyncClient(
+        transport=transport, base_url=base, headers=headers, timeout=TIMEOUT, trust_env=False
+    ) as http:
+        yield BackendClient(http)

@@ -1,0 +1,72 @@
+"""Is a llama-server well: until it is ready, and then for as long as it lives."""
+
+import os
+import time
+from collections import deque
+
+import attrs
+import trio
+
+from trio_router.backend.address import Address
+from trio_router.backend.client import BackendClient, NoAnswer
+
+READY_POLL_SECONDS = 0.02
+"""Readiness is noticed within 30 ms: this, and the probe's own 2 ms."""
+MAX_CONSECUTIVE_FAILURES = 3
+RETRY_SECONDS = 1.0
+"""Pause after a failed probe: a server that is ill is looked at more often than a healthy one."""
+
+
+@attrs.define(eq=False)
+class Health:
+    """What the probes of one incarnation found."""
+
+    checks: int = 0
+    failures: int = 0
+    consecutive_failures: int = 0
+    last_check: float | None = None
+    """Unix time of the last probe's end."""
+    last_error: str | None = None
+    response_seconds: deque[float] = attrs.field(factory=lambda: deque(maxlen=20))
+
+    def record(self, seconds: float, error: str | None) -> None:
+        """Count one probe that took `seconds` and found `error`, or nothing wrong."""
+        self.checks += 1
+        self.last_check = time.time()
+        self.last_error = error
+        if error is None:
+            self.consecutive_failures = 0
+            self.response_seconds.append(seconds)
+        else:
+            self.failures += 1
+            self.consecutive_failures += 1
+
+
+async def until_ready(client: BackendClient, address: Address) -> None:
+    """Return as soon as `/health` says 200. Never fails: a server that is not there yet looks like any other."""
+    while True:
+        if address.path is None or os.path.exists(address.path):  # noqa: PTH110, ASYNC240  (a stat of a tmpfs: 2 µs)
+            try:
+                if await client.healthy():
+                    return
+            except NoAnswer:
+                pass
+        await trio.sleep(READY_POLL_SECONDS)
+
+
+async def watch(client: BackendClient, health: Health, interval_seconds: float) -> str:
+    """Probe until the server has failed `MAX_CONSECUTIVE_FAILURES` times in a row; returns what was wrong."""
+    while True:
+        await trio.sleep(min(interval_seconds, RETRY_SECONDS) if health.consecutive_failures else interval_seconds)
+        before = trio.current_time()
+        error = await _probe(client)
+        health.record(trio.current_time() - before, error)
+        if health.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            return f"failed {health.consecutive_failures} health checks in a row, the last with: {error}"
+
+
+async def _probe(client: BackendClient) -> str | None:
+    try:
+        return None if await client.healthy() else "/health answered 503"
+    except NoAnswer as error:
+        return str(error)

@@ -1,0 +1,72 @@
+"""How a llama-server is started: its command line, its environment, its address."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from trio_router.backend.address import Address, tcp_address, unix_address
+from trio_router.backend.process import ServerProcess
+from trio_router.config import LlamaServer, last_value, unusable_reason
+from trio_router.config.schema import BackendTransport, ModelConfig
+
+SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
+PARALLEL = ("-np", "--parallel")
+
+
+class LaunchFailed(Exception):
+    """Raised when a llama-server could not even be started; the message says why."""
+
+
+def child_environment(own: Mapping[str, str], server: Mapping[str, str], key: str | None) -> dict[str, str]:
+    """What a child gets to know: our environment less what would change its behaviour or is a secret.
+
+    `LLAMA_*` set flags behind the configuration's back (container images set `LLAMA_ARG_HOST`); a variable whose
+    name sounds like a secret is none of the child's business. `server` is what its package asks for; `key` goes
+    by environment because a command line is world-readable.
+    """
+    kept = {name: value for name, value in own.items() if not name.startswith("LLAMA_") and not SECRET.search(name)}
+    kept.update(server)
+    if key is not None:
+        kept["LLAMA_API_KEY"] = key
+    return kept
+
+
+@attrs.frozen(kw_only=True)
+class Launcher:
+    """Starts llama-servers in one folder."""
+
+    server: LlamaServer
+    folder: Path
+    """Private: sockets live here."""
+    transport: BackendTransport
+
+    def launch(self, model: ModelConfig, number: int, incarnation: int) -> tuple[ServerProcess, Address]:
+        """Start one for `model`, the `number`th of the configuration. Raises LaunchFailed."""
+        if problem := unusable_reason(model):
+            raise LaunchFailed(problem)
+        try:
+            match self.transport:
+                case BackendTransport.UNIX:
+                    address = unix_address(self.folder, number, incarnation)
+                case BackendTransport.TCP:
+                    address = tcp_address()
+            environment = child_environment(os.environ, self.server.environment, address.key)
+            return ServerProcess.spawn(self.command(model, address), environment), address
+        except OSError as error:
+            raise LaunchFailed(f"cannot start {self.server.path}: {error.strerror or error}") from error
+
+    def command(self, model: ModelConfig, address: Address) -> list[str]:
+        """The command line: what the router owns, then the model's flags unchanged."""
+        where = (
+            ["--host", address.path]
+            if address.path is not None
+            else ["--host", address.host, "--port", str(address.port)]
+        )
+        # without it llama-server makes four slots that share one context, and ours would not match
+        slots = [] if last_value(model.flags, PARALLEL) is not None else ["--parallel", str(model.slots)]
+        return [
+            str(self.server.path), *where, "--model", str(model.file), "--alias", model.alias, "--metrics", *slots, *model.flags,
+        ]  # fmt: skip

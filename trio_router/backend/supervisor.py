@@ -1,0 +1,349 @@
+"""The task that owns one model's llama-server and its restarts.
+
+`run` lives for as long as the model is to be in memory; cancelling it is how the model leaves. In it each
+incarnation is a nursery of its own: the child process, the reader of its log, the wait for its exit, the health
+loop. Whichever of them ends, the nursery ends as a unit, the process group is gone and its socket removed, and
+only then is there a successor.
+
+    supervisor.run
+    `- incarnation n                 ends with an `Ending`
+       |- read_log                   until the pipe closes
+       |- exit                       the pidfd
+       `- life                       until_ready, then watch
+
+*Resource handling.* A process is ended (`stop_within`) on every way out, shielded and bounded.
+
+*Error handling.* A death is not an exception: it is counted, and answered with a pause that doubles and then
+another incarnation. `max_load_attempts` loads in a row that never became ready, or `MAX_CRASHES` deaths in a row
+without one request answered between them, and the model is `failed`: those who wait are told, with the last lines
+of the server's log, and `run` returns. The counts outlive `run`; `reset` clears them.
+
+*Cancellation.* May come at any await.
+"""
+
+import random
+import signal
+import time
+from typing import Protocol
+
+import attrs
+import structlog
+import trio
+
+from trio_router.backend.address import Address
+from trio_router.backend.backend import Backend
+from trio_router.backend.client import NoAnswer, backend_client
+from trio_router.backend.health import Health, until_ready, watch
+from trio_router.backend.launch import Launcher, LaunchFailed
+from trio_router.backend.lifecycle import Move, State, after
+from trio_router.backend.logtail import LogTail
+from trio_router.backend.process import ServerProcess
+from trio_router.config.schema import ModelConfig
+from trio_router.errors import LoadTimeout, ModelFailed, RouterError
+from trio_router.telemetry.events import (
+    BackendExited,
+    BackendRestarted,
+    Events,
+    ExitKind,
+    LoadFinished,
+    LoadResult,
+    ModelChanged,
+)
+
+MAX_CRASHES = 5
+"""Deaths after readiness, with no request answered between them, that make a model `failed`."""
+BACKOFF_SECONDS = 0.25
+MAX_BACKOFF_SECONDS = 30.0
+LAST_WORDS_LINES = 12
+
+log = structlog.get_logger("trio_router.backend")
+
+
+class Gate(Protocol):
+    """Where a supervisor tells its model's queue what it has for it."""
+
+    def opened(self, backend: Backend) -> None:
+        """`backend` is ready: its slots can be leased."""
+
+    def closed(self, backend: Backend) -> None:
+        """`backend` is gone, or about to be; no new lease on it."""
+
+    def refused(self, error: RouterError) -> None:
+        """Nobody who waits now will be served: tell them `error`."""
+
+
+@attrs.frozen(kw_only=True)
+class SupervisorSettings:
+    """The bounds of router.toml that concern one backend."""
+
+    load_timeout_seconds: float
+    health_interval_seconds: float
+    max_load_attempts: int
+
+
+@attrs.frozen(kw_only=True)
+class Ending:
+    """How an incarnation ended by itself."""
+
+    kind: ExitKind | None
+    """None when there was no process."""
+    code: int
+    message: str
+    """One sentence, then the last lines of the log."""
+    was_ready: bool
+    timed_out: bool = False
+
+
+@attrs.define(eq=False, kw_only=True)
+class Supervisor:
+    """One model's llama-server: what it is now, and the task that keeps it so."""
+
+    model: ModelConfig
+    number: int
+    """Place in the configuration; names the socket."""
+    launcher: Launcher
+    settings: SupervisorSettings
+    gate: Gate
+    events: Events
+
+    state: State = State.OFF
+    incarnation: int = 0
+    backend: Backend | None = None
+    """The incarnation that is ready, else None."""
+    pid: int | None = None
+    tail: LogTail = attrs.field(factory=LogTail)
+    """The log of the incarnation at hand, or of the last one."""
+    health: Health = attrs.field(factory=Health)
+    error: str | None = None
+    """Why the last incarnation died, or the model is failed."""
+    attempts: int = 0
+    """Loads in a row that never became ready."""
+    crashes: int = 0
+    """Deaths in a row after readiness, without a request answered between them."""
+    context: int | None = None
+    """Tokens of one slot, from the last incarnation that was ready."""
+    started_at: float | None = None
+    """Unix time of the spawn of the incarnation at hand."""
+    ready_at: float | None = None
+    updated_at: float = attrs.field(factory=time.time)
+    load_seconds: float | None = None
+    """Spawn to ready, of the last load that succeeded."""
+    _not_before: float = -float("inf")
+    """Trio time before which no incarnation is started."""
+
+    @property
+    def address(self) -> Address | None:
+        """Where the ready incarnation listens."""
+        return None if self.backend is None else self.backend.address
+
+    def move(self, move: Move) -> None:
+        """Change state by the table, and tell."""
+        before, self.state = self.state, after(self.state, move)
+        self.updated_at = time.time()
+        log.debug("model", model=self.model.alias, before=before.value, state=self.state.value)
+        self.events.emit(ModelChanged(alias=self.model.alias))
+
+    def reset(self) -> str | None:
+        """Forget the failures; a failed model is off again. Returns what the error was."""
+        previous, self.error = self.error, None
+        self.attempts = self.crashes = 0
+        self._not_before = -float("inf")
+        if self.state is State.FAILED:
+            self.move(Move.RESET)
+        return previous
+
+    def proved(self) -> None:
+        """A request was answered: the backend works, earlier deaths no longer count."""
+        self.crashes = 0
+
+    async def run(self) -> None:
+        """Keep one llama-server of the model running; returns when the model is failed, or was told to stop.
+
+        The model is `starting` when this is called: whoever decided to start it reserved its place with that.
+        """
+        try:
+            while True:
+                await trio.sleep_until(self._not_before)
+                ending = await self._live()
+                if self.state is State.STOPPING:
+                    return
+                self._count(ending)
+                if self.state is State.FAILED:
+                    return
+                await trio.sleep_until(self._not_before)
+                self.events.emit(BackendRestarted(alias=self.model.alias))
+                self.move(Move.SPAWN)
+        finally:
+            if self.state.resident:
+                if self.state is not State.STOPPING:
+                    self.move(Move.STOP)
+                self.move(Move.GONE)
+
+    def _count(self, ending: Ending) -> None:
+        """Decide what a death means: another try after a pause, or the end."""
+        self.error = ending.message
+        if ending.was_ready:
+            self.crashes += 1
+            tries, limit = self.crashes, MAX_CRASHES
+        else:
+            self.attempts += 1
+            tries, limit = self.attempts, self.settings.max_load_attempts
+        self.move(Move.DIE)
+        alias = self.model.alias
+        if tries >= limit:
+            self.move(Move.GIVE_UP)
+            log.error("model failed", model=alias, attempts=tries, error=ending.message)
+            if ending.timed_out:
+                self.gate.refused(LoadTimeout(f"model {alias!r}: {ending.message}", param="model"))
+            else:
+                self.gate.refused(self.failure())
+            return
+        if ending.timed_out:
+            self.gate.refused(LoadTimeout(f"model {alias!r}: {ending.message}", param="model"))
+        # the first crash of a server that was ready is answered at once
+        doublings = tries - 1 if not ending.was_ready else tries - 2
+        pause = 0.0 if doublings < 0 else min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2**doublings)
+        pause *= random.uniform(0.8, 1.2)  # noqa: S311  (jitter, so that models that died together do not return so)
+        self._not_before = trio.current_time() + pause
+        log.warning("backend died", model=alias, tries=tries, again_in_seconds=round(pause, 2), error=ending.message)
+
+    def failure(self) -> ModelFailed:
+        """What a request for this model is told once it is failed."""
+        alias = self.model.alias
+        return ModelFailed(
+            f"model {alias!r} failed and is not tried again until it is reset (POST /v1/models/{alias}/reset): {self.error}",
+            param="model",
+            details={"model": alias, "attempts": max(self.attempts, self.crashes)},
+            retry_after_seconds=60,
+        )
+
+    async def _live(self) -> Ending:
+        """One incarnation, from its spawn to its end; state is `starting` before and not changed by the end."""
+        self.incarnation += 1
+        self.tail = LogTail()
+        self.health = Health()
+        self.started_at, self.ready_at = time.time(), None
+        try:
+            process, address = self.launcher.launch(self.model, self.number, self.incarnation)
+        except LaunchFailed as error:
+            self.events.emit(LoadFinished(alias=self.model.alias, result=LoadResult.FAILED, seconds=0.0))
+            return Ending(kind=None, code=0, message=str(error), was_ready=False)
+        self.tail, self.pid = process.tail, process.pid
+        return await self._tend(process, address)
+
+    async def _tend(self, process: ServerProcess, address: Address) -> Ending:
+        spawned = trio.current_time()
+        why: str | None = None
+        timed_out = False
+        try:
+            async with trio.open_nursery() as logs:
+                logs.start_soon(process.read_log_until_stopped, self.model.alias)
+                try:
+                    self.move(Move.ALIVE)
+                    log.info("loading", model=self.model.alias, incarnation=self.incarnation, pid=process.pid)
+                    async with trio.open_nursery() as life:
+
+                        async def exit_ends_life() -> None:
+                            await process.wait()
+                            life.cancel_scope.cancel()
+
+                        life.start_soon(exit_ends_life)
+                        why = await self._serve(process, address, spawned)
+                        timed_out = self.backend is None
+                        life.cancel_scope.cancel()
+                finally:
+                    exited = process.has_exited()
+                    if self.backend is not None:
+                        self.backend.lose(why or "its llama-server ended")
+                        self.gate.closed(self.backend)
+                    code = await process.stop_within()
+                    address.remove()
+        finally:
+            was_ready, self.backend = self.ready_at is not None, None
+            self.pid = None
+            kind = self._tell_exit(exited=exited, unhealthy=why is not None, code=code)
+            if not was_ready:
+                result = LoadResult.TIMEOUT if timed_out else LoadResult.FAILED if exited else LoadResult.CANCELLED
+                seconds = trio.current_time() - spawned
+                self.events.emit(LoadFinished(alias=self.model.alias, result=result, seconds=seconds))
+        message = why if why is not None else describe_exit(code, was_ready=was_ready)
+        words = process.tail.last(LAST_WORDS_LINES)
+        return Ending(
+            kind=kind,
+            code=code or 0,
+            message=f"{message}; its last words:\n{words}" if words else message,
+            was_ready=was_ready,
+            timed_out=timed_out,
+        )
+
+    async def _serve(self, process: ServerProcess, address: Address, spawned: float) -> str:
+        """Wait for readiness, open the gate, watch; returns what was wrong. The process's exit cancels this."""
+        async with backend_client(address) as client:
+            with trio.move_on_after(self.settings.load_timeout_seconds) as loading:
+                await until_ready(client, address)
+            if loading.cancelled_caught:
+                return f"llama-server was not ready {self.settings.load_timeout_seconds:g} s after its start"
+            self.backend = Backend(
+                alias=self.model.alias,
+                incarnation=self.incarnation,
+                address=address,
+                pid=process.pid,
+                tail=process.tail,
+                client=client,
+                model_file=self.model.file,
+            )
+            self.backend.open_slots(self.model.slots)
+            self.load_seconds = trio.current_time() - spawned
+            self.ready_at = time.time()
+            self.attempts = 0
+            if self.state is State.LOADING:  # else it is stopping already, and nobody is let in
+                self.move(Move.ANSWER)
+                self.events.emit(LoadFinished(alias=self.model.alias, result=LoadResult.OK, seconds=self.load_seconds))
+                log.info("ready", model=self.model.alias, seconds=round(self.load_seconds, 3), slots=self.model.slots)
+                self.gate.opened(self.backend)
+            await self._learn(self.backend)
+            return await watch(client, self.health, self.settings.health_interval_seconds)
+
+    async def _learn(self, backend: Backend) -> None:
+        """Ask what was loaded; a server that does not say is no worse a server."""
+        try:
+            props = await backend.client.props()
+        except NoAnswer as error:
+            log.warning("no properties", model=self.model.alias, error=str(error))
+            return
+        settings = props.get("default_generation_settings")
+        context = settings.get("n_ctx") if isinstance(settings, dict) else None
+        if isinstance(context, int):
+            backend.context = self.context = context
+            self.events.emit(ModelChanged(alias=self.model.alias))
+
+    def _tell_exit(self, *, exited: bool, unhealthy: bool, code: int | None) -> ExitKind:
+        kind = (
+            ExitKind.STOPPED if not exited and not unhealthy
+            else ExitKind.UNHEALTHY if unhealthy
+            else ExitKind.KILLED if code is not None and code < 0
+            else ExitKind.EXITED
+        )  # fmt: skip
+        self.events.emit(BackendExited(alias=self.model.alias, incarnation=self.incarnation, kind=kind, code=code or 0))
+        return kind
+
+
+def describe_exit(code: int | None, *, was_ready: bool) -> str:
+    """A sentence on how a llama-server ended by itself."""
+    when = "ended" if was_ready else "ended before it was ready"
+    if code is None:
+        return f"llama-server {when}"
+    if code >= 0:
+        return f"llama-server {when} with exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    match name:
+        case "SIGILL":
+            hint = ": it was compiled for instructions that this CPU does not have"
+        case "SIGKILL":
+            hint = ": somebody killed it, or the system ran out of memory"
+        case _:
+            hint = ""
+    return f"llama-server {when} by {name}{hint}"

@@ -1,0 +1,183 @@
+"""The commands. Nothing else parses argv.
+
+Exit codes: 0 clean, 1 failed while running, 2 bad usage or bad configuration. Heavy imports wait for the command that
+needs them, so that `--help` and a misspelt flag answer at once.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from trio_router import __version__
+
+if TYPE_CHECKING:
+    from trio_router.config import ModelConfig, Problem, RouterConfig
+    from trio_router.memory.footprint import Footprint
+
+CLEAN = 0
+BAD_CONFIG = 2
+
+_MIB = 1024 * 1024
+_DEFAULT_CONFIG = "router.toml"
+
+
+def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    """Run the command in `arguments` (default: this process's own) and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    from trio_router.config import ConfigError, load_config  # noqa: PLC0415 - see above
+
+    try:
+        config = load_config(_config_path(options.config, environ), environ)
+    except ConfigError as error:
+        _print_problems(error.problems)
+        return BAD_CONFIG
+    if options.command == "check":
+        return _check(config, environ)
+    return _serve(_with_address(config, options, parser), environ, options.log_format, options.log_level)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trio-router",
+        description="One OpenAI-compatible address in front of many llama-server processes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"trio-router {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument(
+        "--config",
+        metavar="FILE",
+        help=f"what to read (default: $CONFIG_PATH, else ./{_DEFAULT_CONFIG})",
+    )
+    serve = commands.add_parser(
+        "serve", parents=[config], allow_abbrev=False, help="accept requests until SIGTERM or SIGINT"
+    )
+    serve.add_argument("--host", metavar="HOST", help="address to listen on, instead of the file's api.host")
+    serve.add_argument("--port", metavar="PORT", type=int, help="port, instead of the file's api.port; 0 picks one")
+    serve.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
+    serve.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
+    )
+    commands.add_parser(
+        "check", parents=[config], allow_abbrev=False, help="say what is wrong with the configuration and its files"
+    )
+    return parser
+
+
+def _config_path(given: str | None, environ: Mapping[str, str]) -> Path:
+    """`--config`, else CONFIG_PATH (also from ./.env), else ./router.toml."""
+    from trio_router.config import CONFIG_PATH, read_variables  # noqa: PLC0415
+
+    if given is not None:
+        return Path(given)
+    variables, _ = read_variables(Path(), environ)
+    return Path(variables[CONFIG_PATH].value if CONFIG_PATH in variables else _DEFAULT_CONFIG)
+
+
+def _with_address(
+    config: "RouterConfig", options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> "RouterConfig":
+    """`config` with `--host` and `--port` in the place of the file's."""
+    import attrs  # noqa: PLC0415
+
+    from trio_router.config import OutOfRange  # noqa: PLC0415
+
+    def refuse(error: OutOfRange) -> NoReturn:
+        parser.error(f"--{error}")  # the names of options and fields are the same
+
+    given = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
+    try:
+        return attrs.evolve(config, api=attrs.evolve(config.api, **given))
+    except OutOfRange as error:
+        refuse(error)
+
+
+def _serve(config: "RouterConfig", environ: Mapping[str, str], log_format: str, log_level: str) -> int:
+    from trio_router.config import (  # noqa: PLC0415
+        LlamaServerNotFound,
+        LlamaServerUnusable,
+        file_problems,
+        find_llama_server,
+        missing_package,
+    )
+
+    problems = file_problems(config, environ)
+    try:
+        server = find_llama_server(config.system.llama_server_path, environ)
+    except LlamaServerUnusable as error:
+        server = error.server  # it may come; until then each load fails and says why
+    except LlamaServerNotFound:
+        _print_problems(problems)
+        return BAD_CONFIG
+    if all(missing_package(model.model_path) for model in config.models.values()):
+        _print_problems(problems)
+        return BAD_CONFIG
+    for problem in problems:
+        warning = {"level": "warning", "event": str(problem)}
+        print(json.dumps(warning) if log_format == "json" else f"warning: {problem}", file=sys.stderr)
+
+    from trio_router import tree  # noqa: PLC0415
+
+    return tree.main(config, server, log_format=log_format, log_level=log_level)
+
+
+def _check(config: "RouterConfig", environ: Mapping[str, str]) -> int:
+    """Print what each model would need, and everything that is wrong."""
+    from trio_router.config import file_problems, model_problem  # noqa: PLC0415
+    from trio_router.memory.footprint import estimate  # noqa: PLC0415
+    from trio_router.memory.gguf import GgufError, read_header  # noqa: PLC0415
+
+    problems = list(file_problems(config, environ))
+    known = {problem.key for problem in problems}
+    rows = [("ALIAS", "SLOTS", "SIZE", "GPU", "HOST", "OF WHICH (MiB)", "FILE")]
+    for model in config.models.values():
+        numbers = ("-", "-", "-", "-")
+        if model_problem(config, model, "").key not in known:
+            try:
+                read_header(model.file)
+                footprint = estimate(
+                    model, multiplier=config.system.vram_multiplier, gpu=bool(config.system.gpu_devices)
+                )
+            except (GgufError, OSError) as error:
+                problems.append(model_problem(config, model, str(error)))
+            else:
+                numbers = _numbers(model, footprint)
+        rows.append((model.alias, str(model.slots), *numbers, str(model.file)))
+    _print_table(rows)
+    _print_problems(problems)
+    return BAD_CONFIG if problems else CLEAN
+
+
+def _numbers(model: "ModelConfig", footprint: "Footprint") -> tuple[str, str, str, str]:
+    """The columns SIZE to OF WHICH."""
+    by_name: dict[str, int] = {}
+    for part in footprint.parts:  # a name stands once for the device and once for the host
+        by_name[part.name] = by_name.get(part.name, 0) + part.bytes
+    parts = ", ".join(f"{name} {_mib(size)}" for name, size in by_name.items() if size >= _MIB // 2)
+    note = f" ({footprint.note})" if footprint.note else ""
+    sizes = (model.file.stat().st_size, footprint.device_bytes, footprint.host_bytes)
+    size, device, host = (f"{_mib(size)} MiB" for size in sizes)
+    return size, device, host, parts + note
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / _MIB:.0f}"
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        print(line.encode(errors="backslashreplace").decode())  # file names need not be text
+
+
+def _print_problems(problems: "Iterable[Problem]") -> None:
+    for problem in problems:
+        print(problem, file=sys.stderr)

@@ -1,0 +1,53 @@
+"""What is wrong with a configuration: located, in words, all of it at once."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import attrs
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""Where a value stands in a TOML document: `("models", "qwen", "flags", 1)`."""
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def written_key(path: KeyPath) -> str:
+    """`path` as a TOML author writes it: `models.qwen.flags[1]`, `models."b.c".flags`."""
+    text = ""
+    for part in path:
+        match part:
+            case int():
+                text += f"[{part}]"
+            case str():
+                text += ("." if text else "") + (
+                    part if _BARE.fullmatch(part) else json.dumps(part, ensure_ascii=False)
+                )
+    return text
+
+
+@attrs.frozen(kw_only=True)
+class Problem:
+    """One thing to correct."""
+
+    file: str
+    """Name of the file, or `environment`."""
+    line: int | None = None
+    """Counted from 1, where known."""
+    key: str = ""
+    """The key as written in the file, or the variable; empty: the file as a whole."""
+    message: str
+    """What was found, what is allowed."""
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return ": ".join(part for part in (place, self.key, self.message) if part)
+
+
+class ConfigError(Exception):
+    """Raised when a configuration cannot be used; `problems` is never empty and in file order."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = tuple(problems)

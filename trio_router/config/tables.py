@@ -1,0 +1,122 @@
+"""The walk over the tables of router.toml: takes what is right, notes what is not.
+
+cattrs gives each value its type (`values`) and attrs its range (`schema`). The walk itself is ours, since a problem
+here is a line of a file, fields of the schema are not one to one the keys of the file, and the first mistake must
+not hide the second.
+"""
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from trio_router.config.aliases import alias_problem
+from trio_router.config.environment import API_KEY
+from trio_router.config.flags import BadSlots, owned_reason, slots_in
+from trio_router.config.lines import line_of
+from trio_router.config.places import BadModelPath, resolve_model_path
+from trio_router.config.problems import KeyPath, Problem, written_key
+from trio_router.config.schema import DERIVED, ModelConfig
+from trio_router.config.values import Mismatch, checked, found
+
+
+@attrs.frozen(kw_only=True)
+class Report:
+    """Takes what is right out of a document, and notes what is not."""
+
+    file: str
+    lines: Mapping[KeyPath, int]
+    problems: list[Problem] = attrs.Factory(list)
+
+    def add(self, path: KeyPath, message: str) -> None:
+        line = line_of(self.lines, path)
+        self.problems.append(Problem(file=self.file, line=line, key=written_key(path), message=message))
+
+    def unknown_keys(self, path: KeyPath, table: Mapping[str, Any], known: Collection[str]) -> None:
+        for key in table:
+            if key in known:
+                continue
+            if (*path, key) == ("api", "key"):
+                self.add(
+                    (*path, key), f"a key does not belong into a file: set {API_KEY} in the environment or in .env"
+                )
+            elif path[:1] == ("models",) and isinstance(table[key], dict):
+                self.add((*path, key), f"unknown key; an alias with dots stands in quotes: {_quoted(path, key, table)}")
+            elif close := difflib.get_close_matches(key, known, n=1):
+                self.add((*path, key), f"unknown key; did you mean {close[0]!r}?")
+            else:
+                self.add((*path, key), f"unknown key; known here: {', '.join(known)}")
+
+    def fields(self, schema: type[attrs.AttrsInstance], path: KeyPath, table: object) -> dict[str, Any]:
+        """The values of `table` by field of `schema`, as far as they are right."""
+        if not isinstance(table, dict):
+            self.add(path, f"expected a table, got {found(table)}")
+            return {}
+        known = {field.name: field for field in attrs.fields(schema) if field.metadata != DERIVED}
+        self.unknown_keys(path, table, known)
+        values: dict[str, Any] = {}
+        for name, value in table.items():
+            if name not in known:
+                continue
+            try:
+                values[name] = checked(known[name], value)
+            except Mismatch as error:
+                for index, message in error.problems:
+                    self.add((*path, name) if index is None else (*path, name, index), message)
+        return values
+
+    def models(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        tables = document.get("models", {})
+        if not isinstance(tables, dict):
+            self.add(("models",), f"expected tables [models.ALIAS], got {found(tables)}")
+            return {}
+        if not tables:
+            self.add(("models",), "expected at least one table [models.ALIAS], got none")
+        return tables
+
+    def model(self, alias: str, table: object, base: Path, parallel: int) -> ModelConfig | None:
+        """The model, or None once one of its problems is noted."""
+        key: KeyPath = ("models", alias)
+        before = len(self.problems)
+        if reason := alias_problem(alias):
+            self.add(key, reason)
+        values = self.fields(ModelConfig, key, table)
+        flags = values.get("flags", ())
+        for index, flag in enumerate(flags):
+            if reason := owned_reason(flag):
+                self.add((*key, "flags", index), reason)
+        slots = file = None
+        try:
+            slots = slots_in(flags)
+        except BadSlots as error:
+            self.add((*key, "flags"), str(error))
+        if "model_path" in values:
+            try:
+                file = resolve_model_path(values["model_path"], base)
+            except BadModelPath as error:
+                self.add((*key, "model_path"), str(error))
+        elif isinstance(table, dict) and "model_path" not in table:
+            self.add((*key, "model_path"), "missing; a path, or 'package:NAME/FILE.gguf'")
+        if file is None or len(self.problems) > before:
+            return None
+        return ModelConfig(alias=alias, file=file, slots=slots or parallel, **values)
+
+    def preload(self, written: tuple[str, ...], models: Collection[str]) -> tuple[str, ...]:
+        for index, alias in enumerate(written):
+            if alias != "*" and alias not in models:
+                close = difflib.get_close_matches(alias, models, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(models) or 'none'}"
+                self.add(("system", "preload_models", index), f"no model {alias!r}; {hint}")
+        return tuple(models) if "*" in written else tuple(dict.fromkeys(written))
+
+
+def _quoted(path: KeyPath, key: str, table: Mapping[str, Any]) -> str:
+    """The header meant by `[models.qwen2.5]`, which TOML reads as table `5` in table `qwen2`."""
+    parts = [*map(str, path[1:]), key]
+    inner = table[key]
+    while len(inner) == 1 and isinstance(following := next(iter(inner.values())), dict):
+        parts += inner
+        inner = following
+    return f"[{written_key(('models', '.'.join(parts)))}]"

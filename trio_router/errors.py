@@ -1,0 +1,266 @@
+"""One tree of errors. Each knows the HTTP status, `type` and `code` its client sees.
+
+The body is OpenAI's: ``{"error": {"message", "type", "param", "code", ...}}``. An error is named after the
+situation; whoever raises it says in the message what was found, what is allowed, and the numbers.
+Nothing here knows of HTTP libraries: the rooms in `web/` turn an error into bytes.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+MAX_ECHO = 100
+"""Longest piece of a client's own input, in characters, that a message repeats."""
+
+
+def shown(value: str) -> str:
+    """`value` quoted for a message, cut so that a client cannot make us echo a novel."""
+    cut = value if len(value) <= MAX_ECHO else value[:MAX_ECHO] + "…"
+    return repr(cut)
+
+
+class RouterError(Exception):
+    """Anything a client is told as an error object."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        details: Mapping[str, Any] | None = None,
+        retry_after_seconds: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.details = dict(details or {})
+        self.retry_after_seconds = retry_after_seconds
+
+    def again(self) -> Self:
+        """Another of the same: one error told to many, each of whom raises it and gives it a traceback."""
+        same = copy.copy(self)
+        same.__traceback__ = None
+        return same
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """Headers that go with the status: `Retry-After` on every 429 and 503."""
+        if self.retry_after_seconds is not None:
+            return [("Retry-After", str(self.retry_after_seconds))]
+        return [("Retry-After", "1")] if self.status in {429, 503} else []
+
+    def body(self) -> dict[str, Any]:
+        """The error object, OpenAI's four keys first, ours beside them."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+                **self.details,
+            },
+        }
+
+
+class InternalError(RouterError):
+    """Raised when a bug of ours ended a request; the message never holds a traceback."""
+
+
+# --- the client is to blame -------------------------------------------------------------------------
+
+
+class InvalidRequest(RouterError):
+    """Raised when a request cannot be understood."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidJSON(InvalidRequest):
+    """Raised when a body is not a JSON object."""
+
+    code = "invalid_json"
+
+
+class MissingModel(InvalidRequest):
+    """Raised when a body names no model, or something that is not a string."""
+
+    code = "missing_model"
+
+
+class InvalidPriority(InvalidRequest):
+    """Raised when `X-Request-Priority` is none of high, normal, low."""
+
+    code = "invalid_priority"
+
+
+class InvalidApiKey(RouterError):
+    """Raised when keys are configured and the request brings none of them."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return [("WWW-Authenticate", "Bearer")]
+
+
+class HostNotAllowed(RouterError):
+    """Raised when `Host` is not one of ours: a page that rebound its name to this machine."""
+
+    status = 403
+    type = "permission_error"
+    code = "host_not_allowed"
+
+
+class OriginNotAllowed(RouterError):
+    """Raised when a web page of a foreign origin asks for something that changes state."""
+
+    status = 403
+    type = "permission_error"
+    code = "origin_not_allowed"
+
+
+class UnknownPath(RouterError):
+    """Raised when nothing lives at a path."""
+
+    status = 404
+    type = "not_found_error"
+    code = "not_found"
+
+
+class UnknownModel(RouterError):
+    """Raised when no model of router.toml has the name."""
+
+    status = 404
+    type = "not_found_error"
+    code = "model_not_found"
+
+
+class MethodNotAllowed(RouterError):
+    """Raised when the path exists, but not for this method. `allowed` goes into the `Allow` header."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+    def __init__(self, message: str, *, allowed: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return [("Allow", ", ".join(self.allowed))] if self.allowed else []
+
+
+class RequestTimeout(RouterError):
+    """Raised when a client does not finish sending its body in time."""
+
+    status = 408
+    type = "timeout_error"
+    code = "request_timeout"
+
+
+class BodyTooLarge(RouterError):
+    """Raised when a body passes `api.max_body_mb`, announced or counted."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(RouterError):
+    """Raised when a body is encoded in a way we do not read."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+# --- not now ----------------------------------------------------------------------------------------
+
+
+class ServiceUnavailable(RouterError):
+    """Raised when a request is fine but cannot be served now."""
+
+    status = 503
+    type = "service_unavailable_error"
+    code = "backend_unavailable"
+
+
+class BackendUnavailable(ServiceUnavailable):
+    """Raised when the model's llama-server went away, or was taken away, before it answered."""
+
+
+class QueueFull(ServiceUnavailable):
+    """Raised when as many requests wait for a model as may."""
+
+    code = "queue_full"
+
+
+class ModelFailed(ServiceUnavailable):
+    """Raised when a model used up its load attempts and nobody has reset it."""
+
+    code = "model_failed"
+
+
+class ShuttingDown(ServiceUnavailable):
+    """Raised when the router drains."""
+
+    code = "shutting_down"
+
+
+class InsufficientMemory(RouterError):
+    """Raised when a model can never fit; `details` has `model`, `required_mb`, `available_mb`, `loaded_models`."""
+
+    status = 503
+    type = "insufficient_vram_error"
+    code = "vram_exhausted"
+
+
+class BackendBroken(RouterError):
+    """Raised when a llama-server that is alive breaks off before its answer, or answers what is not HTTP."""
+
+    status = 502
+    type = "server_error"
+    code = "bad_backend_response"
+
+
+class BackendCrashed(RouterError):
+    """Raised when a request saw as many llama-servers die as it may: it is not given another."""
+
+    status = 502
+    type = "server_error"
+    code = "backend_crashed"
+
+
+class TimedOut(RouterError):
+    """Raised when a bound in time passed."""
+
+    status = 504
+    type = "timeout_error"
+    code = "timeout"
+
+
+class QueueTimeout(TimedOut):
+    """Raised when a request waited `system.queue_timeout_sec` for a slot."""
+
+    code = "queue_timeout"
+
+
+class LoadTimeout(TimedOut):
+    """Raised when llama-server was not ready `system.load_timeout_sec` after its start."""
+
+    code = "load_timeout"
+
+
+class BackendTimeout(TimedOut):
+    """Raised when llama-server was silent for `system.request_timeout_sec` in the middle of a request."""
+
+    code = "backend_timeout"

@@ -1,0 +1,416 @@
+"""All models, and the one task that starts and stops them.
+
+Requests read the registry and wait in a model's queue; only `run` changes which models are in memory. It takes
+commands from a mailbox, looks at everything at once (`placement.decide`), and does what that says: it looks
+again at each command, when demand for a model without a backend appears or vanishes, when a model becomes idle
+while another waits for room, when a model has left memory, and when an idle timeout may have passed. A request to
+a ready model touches none of this.
+
+*Resource handling.* Every resident model is a task in `run`'s nursery; cancelling `run` cancels them, side by side,
+and each ends its llama-server.
+
+*Error handling.* A model that fails is a fact, kept with the model. An exception here is a bug and ends the tree.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+
+import attrs
+import structlog
+import trio
+
+from trio_router.backend.backend import Backend
+from trio_router.backend.launch import Launcher
+from trio_router.backend.lifecycle import Move, State
+from trio_router.backend.supervisor import Supervisor, SupervisorSettings
+from trio_router.config.schema import ModelConfig, RouterConfig
+from trio_router.errors import BackendUnavailable, RouterError, ShuttingDown, UnknownModel, shown
+from trio_router.fleet.placement import Decision, ModelSnapshot, Retire, Snapshot, Start, decide
+from trio_router.fleet.scheduler import Lease, Priority, Scheduler, Ticket
+from trio_router.telemetry.events import Events, LeaseGranted, ServerChanged, Unloaded, UnloadReason
+
+log = structlog.get_logger("trio_router.fleet")
+
+
+@attrs.define(eq=False, kw_only=True)
+class Model:
+    """One entry of router.toml and everything that is true of it now. The gate of its supervisor."""
+
+    config: ModelConfig
+    scheduler: Scheduler
+    events: Events
+    supervisor: Supervisor = attrs.field(init=False)
+
+    asked: int = 0
+    """How many ask for it by name and wait until it is ready."""
+    kept: bool = False
+    """Asked for by name by somebody who did not wait: cleared once it was ready, or failed."""
+    preload: bool = False
+    last_used: float = -math.inf
+    """Trio time at which it was last ready or idle again."""
+    footprint_bytes: int | None = None
+    """What it is projected to need; None until its file was read."""
+    last_used_at: float | None = None
+    """The same as Unix time, for people."""
+    created: int = attrs.field(factory=lambda: int(time.time()))
+    """Unix time of its file, or of our start."""
+    retiring: UnloadReason | None = None
+    """Why it is on its way out."""
+    cut: bool = False
+    """Whether its running requests are being ended rather than waited for."""
+    scope: trio.CancelScope | None = None
+    """Ends its supervisor."""
+    residency: int = 0
+    """How often it was brought into memory."""
+    was_ready: bool = False
+    """Whether it was ready in this residency."""
+    refusals: int = 0
+    refusal: RouterError | None = None
+    """What those who waited were told last, and how often that happened."""
+    _settled: trio.Event = attrs.field(factory=trio.Event)
+
+    @property
+    def alias(self) -> str:
+        """Its name."""
+        return self.config.alias
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life."""
+        return self.supervisor.state
+
+    def snapshot(self) -> ModelSnapshot:
+        """What a decision may know."""
+        return ModelSnapshot(
+            alias=self.alias,
+            state=self.state,
+            retiring=self.retiring is not None,
+            first_key=self.scheduler.first_key(),
+            active=self.scheduler.active,
+            asked=bool(self.asked or self.kept),
+            preload=self.preload,
+            was_ready=self.was_ready,
+            last_used=self.last_used,
+        )
+
+    def used(self) -> None:
+        """It did something just now."""
+        self.last_used = trio.current_time()
+        self.last_used_at = time.time()
+
+    def settle(self) -> None:
+        """Wake who waits for its state to change."""
+        self._settled.set()
+        self._settled = trio.Event()
+
+    async def until_settled(self) -> None:
+        """Return after the next change of state that matters to a command."""
+        await self._settled.wait()
+
+    # --- the supervisor's gate --------------------------------------------------------------------
+
+    def opened(self, backend: Backend) -> None:
+        self.used()
+        self.was_ready = True
+        self.kept = self.preload = False
+        self.scheduler.open(backend)
+        self.settle()
+
+    def closed(self, backend: Backend) -> None:
+        if self.scheduler.backend is backend:
+            self.scheduler.close()
+
+    def refused(self, error: RouterError) -> None:
+        self.scheduler.refuse(error)
+        self.refuse_askers(error)
+
+    def refuse_askers(self, error: RouterError) -> None:
+        """Tell those who asked for it by name `error`; the queue is not concerned."""
+        self.kept = self.preload = False
+        self.refusals += 1
+        self.refusal = error
+        self.settle()
+
+
+@attrs.frozen
+class _Look:
+    """Something happened: look at everything."""
+
+
+@attrs.frozen(kw_only=True)
+class _Eject:
+    model: Model
+    force: bool
+    drain_seconds: float
+
+
+@attrs.define(eq=False, kw_only=True)
+class Registry:
+    """The models by alias."""
+
+    config: RouterConfig
+    models: Mapping[str, Model]
+    events: Events
+    phase: str = "starting"
+    """starting, ready, draining: what users see of the router itself."""
+    started_at: float = attrs.field(factory=time.time)
+    updated_at: float = attrs.field(factory=time.time)
+    _mail: trio.MemorySendChannel[_Look | _Eject] = attrs.field(init=False)
+    _inbox: trio.MemoryReceiveChannel[_Look | _Eject] = attrs.field(init=False)
+    _look_posted: bool = False
+    _someone_waits: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        # without a bound: looks are coalesced to one, and each eject has a client that waits for it
+        self._mail, self._inbox = trio.open_memory_channel[_Look | _Eject](math.inf)
+
+    @classmethod
+    def of(cls, config: RouterConfig, launcher: Launcher, events: Events) -> "Registry":
+        """A registry of `config`'s models, all off."""
+        models: dict[str, Model] = {}
+        registry = cls(config=config, models=models, events=events)
+        settings = SupervisorSettings(
+            load_timeout_seconds=config.system.load_timeout_sec,
+            health_interval_seconds=config.system.health_interval_sec,
+            max_load_attempts=config.system.max_load_attempts,
+        )
+        for number, entry in enumerate(config.models.values()):
+            scheduler = Scheduler(
+                alias=entry.alias, slots=entry.slots, max_waiting=config.system.max_queue_size_per_model
+            )
+            model = Model(config=entry, scheduler=scheduler, events=events)
+            model.supervisor = Supervisor(
+                model=entry, number=number, launcher=launcher, settings=settings, gate=model, events=events
+            )
+            scheduler.demand = registry.look
+            scheduler.rest = lambda model=model: registry._rested(model)  # type: ignore[misc]
+            models[entry.alias] = model
+        return registry
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is let in."""
+        return self.phase == "draining"
+
+    def enter(self, phase: str) -> None:
+        """The router itself is in another phase now."""
+        self.phase, self.updated_at = phase, time.time()
+        self.events.emit(ServerChanged(status=phase))
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def model(self, alias: str) -> Model:
+        """The model of that name. Raises UnknownModel."""
+        try:
+            return self.models[alias]
+        except KeyError:
+            raise UnknownModel(
+                f"no model is called {shown(alias)}; GET /v1/models lists those there are", param="model"
+            ) from None
+
+    def ticket(self, alias: str, priority: Priority) -> Ticket:
+        """A place in the order for a request that arrives now. Raises UnknownModel, ShuttingDown, ModelFailed."""
+        model = self.model(alias)
+        self._admit(model)
+        now = trio.current_time()
+        return Ticket(
+            alias=alias,
+            priority=priority,
+            arrived_at=now,
+            deadline=now + self.config.system.queue_timeout_sec,
+            key=now + (priority.value - 1) * self.config.system.aging_sec,
+        )
+
+    async def lease(self, ticket: Ticket) -> Lease:
+        """Wait for a slot of the ticket's model, which is loaded for it if need be. The caller releases the lease.
+
+        Raises QueueFull, QueueTimeout, LoadTimeout, ModelFailed, ShuttingDown.
+        """
+        model = self.model(ticket.alias)
+        self._admit(model)
+        lease = await model.scheduler.acquire(ticket)
+        waited = lease.granted_at - ticket.arrived_at
+        self.events.emit(LeaseGranted(alias=ticket.alias, priority=ticket.priority.label, waited_seconds=waited))
+        return lease
+
+    def _admit(self, model: Model) -> None:
+        if self.draining:
+            raise ShuttingDown("the router is shutting down")
+        if model.state is State.FAILED:
+            raise model.supervisor.failure()
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    async def load(self, alias: str) -> Model:
+        """Wait until the model is ready. Raises UnknownModel, ModelFailed, ShuttingDown, LoadTimeout, BackendUnavailable.
+
+        A caller that is cancelled asks no longer; the load goes on only if somebody else does.
+        """
+        model = self.model(alias)
+        self._admit(model)
+        model.asked += 1
+        self.look()
+        try:
+            refusals = model.refusals
+            while not (model.state is State.READY and model.retiring is None):
+                await model.until_settled()
+                if model.refusals != refusals and model.refusal is not None:
+                    raise model.refusal.again()
+        finally:
+            model.asked -= 1
+            self.look()
+        return model
+
+    def load_soon(self, alias: str) -> Model:
+        """Have the model loaded, without waiting. Raises UnknownModel, ModelFailed, ShuttingDown."""
+        model = self.model(alias)
+        self._admit(model)
+        if model.state is not State.READY or model.retiring is not None:
+            model.kept = True
+            self.look()
+        return model
+
+    async def eject(self, alias: str, *, force: bool = False) -> bool:
+        """Unload the model, after its running requests unless `force`; returns False if it was not loaded.
+
+        Requests that wait for it go on waiting, and have it loaded again. Raises UnknownModel.
+        """
+        model = self.model(alias)
+        if not model.state.resident:
+            model.kept = model.preload = False
+            return False
+        drain = 0.0 if force else self.config.system.drain_timeout_sec
+        self._mail.send_nowait(_Eject(model=model, force=force, drain_seconds=drain))
+        residency = model.residency
+        while model.state.resident and model.residency == residency:
+            await model.until_settled()
+        return True
+
+    def reset(self, alias: str) -> tuple[bool, str | None]:
+        """Let a failed model be tried again: whether there was anything to reset, and what the error was."""
+        model = self.model(alias)
+        if model.state is not State.FAILED:
+            return False, None
+        previous = model.supervisor.reset()
+        self.look()
+        return True, previous
+
+    # --- the task ---------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Have `run` look at everything soon."""
+        if not self._look_posted:
+            self._look_posted = True
+            self._mail.send_nowait(_Look())
+
+    def _rested(self, model: Model) -> None:
+        model.used()
+        if self._someone_waits or model.retiring is not None or model.scheduler.backend is None:
+            self.look()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Start and stop models until cancelled."""
+        for alias in self.config.system.preload_models:
+            self.models[alias].preload = True
+        async with trio.open_nursery() as nursery:
+            task_status.started()
+            self.look()
+            again = math.inf
+            while True:
+                mail: _Look | _Eject = _Look()
+                with trio.move_on_at(again):
+                    mail = await self._inbox.receive()
+                match mail:
+                    case _Eject():
+                        self._retire(
+                            nursery, mail.model, UnloadReason.EJECTED, cut=mail.force, drain_seconds=mail.drain_seconds
+                        )
+                    case _Look():
+                        self._look_posted = False
+                again = self._do(nursery, self._decide())
+
+    def _decide(self) -> Decision:
+        system = self.config.system
+        return decide(
+            Snapshot(
+                now=trio.current_time(),
+                models=[model.snapshot() for model in self.models.values()] if not self.draining else [],
+                max_resident=system.max_concurrent_models,
+                idle_timeout=system.idle_timeout_sec if system.enable_idle_timeout else None,
+            )
+        )
+
+    def _do(self, nursery: trio.Nursery, decision: Decision) -> float:
+        for action in decision.actions:
+            match action:
+                case Start():
+                    self._start(nursery, self.models[action.alias])
+                case Retire():
+                    log.info("unloading", model=action.alias, reason=action.reason.value)
+                    self._retire(nursery, self.models[action.alias], action.reason, cut=False, drain_seconds=0.0)
+        self._someone_waits = decision.someone_waits
+        return decision.look_again_at
+
+    def _start(self, nursery: trio.Nursery, model: Model) -> None:
+        model.scope = trio.CancelScope()
+        model.retiring, model.cut, model.was_ready = None, False, False
+        model.residency += 1
+        model.supervisor.move(Move.SPAWN)  # from here on it is resident: the next decision must see it
+        nursery.start_soon(self._reside, model, model.scope, name=f"supervisor[{model.alias}]")
+
+    async def _reside(self, model: Model, scope: trio.CancelScope) -> None:
+        """A model's time in memory, from its start until its llama-server is gone."""
+        try:
+            with scope:
+                await model.supervisor.run()
+        finally:
+            reason = model.retiring
+            if reason is None:
+                reason = UnloadReason.FAILED if model.state is State.FAILED else UnloadReason.SHUTDOWN
+            model.scope = model.retiring = None
+            self.events.emit(Unloaded(alias=model.alias, reason=reason))
+            model.settle()
+            self.look()
+
+    def _retire(
+        self, nursery: trio.Nursery, model: Model, reason: UnloadReason, *, cut: bool, drain_seconds: float
+    ) -> None:
+        """Begin to unload a model; one that is on its way out already is only hurried if `cut`."""
+        if not model.state.resident or model.scope is None:
+            model.settle()
+            return
+        if model.retiring is None:
+            model.retiring = reason
+            if reason is UnloadReason.EJECTED:
+                model.refuse_askers(BackendUnavailable(f"model {model.alias!r} was ejected", param="model"))
+            model.scheduler.close()
+            if model.state is not State.STOPPING:
+                model.supervisor.move(Move.STOP)
+            nursery.start_soon(self._drain, model, model.scope, drain_seconds)
+        if cut and not model.cut:
+            model.cut = True
+            self._cut(model, model.scope)
+
+    async def _drain(self, model: Model, scope: trio.CancelScope, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await model.scheduler.until_no_lease()
+        self._cut(model, scope)
+
+    def _cut(self, model: Model, scope: trio.CancelScope) -> None:
+        if model.supervisor.backend is not None:
+            model.supervisor.backend.lose("it was unloaded", wanted=True)
+        scope.cancel()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse what waits and what comes, and wait up to `seconds` for what runs."""
+        self.enter("draining")
+        for model in self.models.values():
+            model.refused(ShuttingDown("the router is shutting down"))
+        with trio.move_on_after(seconds) as bound:
+            for model in self.models.values():
+                await model.scheduler.until_no_lease()
+        if bound.cancelled_caught:
+            log.warning("requests are cut", running=sum(model.scheduler.active for model in self.models.values()))

@@ -1,0 +1,83 @@
+"""What users see of a model: the contract's objects, made from what is true now."""
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from trio_router.backend.lifecycle import State
+from trio_router.fleet.registry import Model, Registry
+
+MIB = 1024 * 1024
+
+LISTED = {
+    State.OFF: "unloaded",
+    State.STARTING: "loading",
+    State.LOADING: "loading",
+    State.READY: "loaded",
+    State.STOPPING: "unloaded",
+    State.CRASHED: "loading",
+    State.FAILED: "failed",
+}
+"""`status.value` of GET /v1/models: llama-server's own words for our states."""
+
+
+def timestamp(unix: float | None) -> str | None:
+    """ISO 8601 in UTC, with offset; None stays None."""
+    return None if unix is None else datetime.fromtimestamp(unix, UTC).isoformat(timespec="milliseconds")
+
+
+def listed(model: Model) -> dict[str, Any]:
+    """An entry of GET /v1/models."""
+    return {
+        "id": model.alias,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "user",
+        "n_ctx": model.supervisor.context,
+        "status": {"value": LISTED[model.state]},
+    }
+
+
+def status(model: Model) -> dict[str, Any]:
+    """A status object."""
+    supervisor = model.supervisor
+    address = supervisor.address
+    queue = model.scheduler.statistics()
+    return {
+        "alias": model.alias,
+        "status": model.state.value,
+        "port": None if address is None else address.port,
+        "vram_mb": None if model.footprint_bytes is None else round(model.footprint_bytes / MIB),
+        "vram_used_mb": None,
+        "load_progress": 100 if model.state is State.READY else None,
+        "started_at": timestamp(supervisor.started_at) if model.state.resident else None,
+        "last_used_at": timestamp(model.last_used_at),
+        "updated_at": timestamp(supervisor.updated_at),
+        "error_message": supervisor.error,
+        "pid": supervisor.pid,
+        "incarnation": supervisor.incarnation,
+        "slots": model.config.slots,
+        "active": queue.active,
+        "queued": queue.waiting,
+        "n_ctx": supervisor.context,
+        "load_duration_sec": supervisor.load_seconds,
+    }
+
+
+def fleet_status(registry: Registry) -> dict[str, Any]:
+    """GET /v1/models/status."""
+    models = {alias: status(model) for alias, model in registry.models.items()}
+    summary: dict[str, int] = {"total": len(models)}
+    for one in models.values():
+        summary[one["status"]] = summary.get(one["status"], 0) + 1
+    return {"server": server_status(registry), "models": models, "summary": summary}
+
+
+def server_status(registry: Registry) -> dict[str, Any]:
+    """The router itself."""
+    return {
+        "status": registry.phase,
+        "started_at": timestamp(registry.started_at),
+        "updated_at": timestamp(registry.updated_at),
+        "uptime_seconds": round(time.time() - registry.started_at, 3),
+    }

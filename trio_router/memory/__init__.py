@@ -1,0 +1,1 @@
+"""What a model needs (`gguf`, `footprint`) and what the devices have (`devices`)."""

@@ -1,0 +1,138 @@
+"""What the GPUs have: total, used and free memory, sampled for as long as the router runs.
+
+`DeviceMonitor` keeps the last sample of all devices where anything may read it without waiting. A driver that fails
+costs fresh numbers, never the router: the last good sample stays, marked stale.
+"""
+
+import enum
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import attrs
+import trio
+
+from trio_router.memory.nvml import Device, DriverFailed, NoDriver, NvmlSampler
+
+__all__ = ["Device", "DeviceMonitor", "DeviceStatus", "Snapshot"]
+
+PERIOD_SECONDS: Final = 2.0
+NO_DRIVER_PERIOD_SECONDS: Final = 60.0
+"""How often a machine without a driver is looked at again: it costs 2 ms, and a module may be loaded late."""
+LONGEST_BACKOFF_SECONDS: Final = 60.0
+SAMPLE_TIMEOUT_SECONDS: Final = 5.0
+
+
+class DeviceStatus(enum.Enum):
+    """What `/health` says of the GPUs."""
+
+    OK = "ok"
+    NONE = "none"
+    """No GPU, no driver, or none wanted: a way to run, not a fault."""
+    ERROR = "error"
+    """There is a driver, and it fails."""
+
+
+@attrs.frozen(kw_only=True)
+class Snapshot:
+    """All devices at one moment."""
+
+    taken_at: float
+    """Unix time at which `devices` were seen."""
+    devices: tuple[Device, ...]
+    """Those of `gpu_devices` that exist, by index."""
+    status: DeviceStatus
+    stale: bool = False
+    """The driver fails; `devices` is what it last said."""
+    message: str | None = None
+
+
+Sample = tuple[tuple[Device, ...], str | None]
+Call = Callable[[Callable[[], Sample]], Awaitable[Sample]]
+
+
+def _own_thread() -> Call:
+    """Runs a call in a thread; one at a time, so that a driver that hangs takes one thread and no more."""
+    limiter = trio.CapacityLimiter(1)
+
+    async def call(sample: Callable[[], Sample]) -> Sample:
+        return await trio.to_thread.run_sync(sample, abandon_on_cancel=True, limiter=limiter)
+
+    return call
+
+
+@attrs.define(eq=False)
+class DeviceMonitor:
+    """Samples the devices of `system.gpu_devices` for as long as `run` runs."""
+
+    gpu_devices: tuple[int, ...]
+    """NVML indices; empty: NVML is never touched."""
+    nvml: Any = attrs.field(default=None, repr=False)
+    """Stands in for `pynvml`."""
+    on_change: Callable[[Snapshot], None] = lambda _: None
+    """Told when `status` or `message` change: once for a driver that is missing, not with every look."""
+    call: Call = attrs.field(factory=_own_thread)
+    """How the blocking sample is run; tests in virtual time run it inline."""
+    clock: Callable[[], float] = time.time
+    _snapshot: Snapshot = attrs.field(init=False)
+    _seen: bool = attrs.field(default=False, init=False)
+    _failures: int = attrs.field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        message = "not looked yet" if self.gpu_devices else "gpu_devices is empty: CPU only"
+        self._snapshot = Snapshot(taken_at=self.clock(), devices=(), status=DeviceStatus.NONE, message=message)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The last sample; never waits."""
+        return self._snapshot
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Sample every 2 s; started once the first sample is there, or has taken too long.
+
+        *Error handling*: nothing of NVML escapes. A driver that fails, or does not answer in 5 s, is started again
+        after 2, 4, 8 ... 60 s; the last good devices stay, stale. A machine without a driver is `none`, and is
+        looked at once a minute.
+
+        *Cancellation*: at once; a sample under way is abandoned to its thread.
+        """
+        if not self.gpu_devices:
+            task_status.started()
+            await trio.sleep_forever()
+        sampler = NvmlSampler(self.gpu_devices) if self.nvml is None else NvmlSampler(self.gpu_devices, self.nvml)
+        await self._look(sampler)
+        task_status.started()
+        while True:
+            await trio.sleep(self._pause())
+            await self._look(sampler)
+
+    def _pause(self) -> float:
+        if self._failures:
+            return min(LONGEST_BACKOFF_SECONDS, PERIOD_SECONDS * 2.0 ** min(self._failures - 1, 10))
+        return NO_DRIVER_PERIOD_SECONDS if self._snapshot.status is DeviceStatus.NONE else PERIOD_SECONDS
+
+    async def _look(self, sampler: NvmlSampler) -> None:
+        try:
+            with trio.fail_after(SAMPLE_TIMEOUT_SECONDS):
+                devices, message = await self.call(sampler.sample)
+        except NoDriver as exc:
+            # A driver that was there and went away is a fault; one that never was is not.
+            self._failed(str(exc), DeviceStatus.ERROR if self._seen else DeviceStatus.NONE)
+        except DriverFailed as exc:
+            self._failed(str(exc), DeviceStatus.ERROR)
+        except trio.TooSlowError:
+            self._failed(f"NVML: no answer in {SAMPLE_TIMEOUT_SECONDS:.0f} s", DeviceStatus.ERROR)
+        else:
+            self._failures = 0
+            self._seen = self._seen or bool(devices)
+            status = DeviceStatus.OK if devices else DeviceStatus.NONE
+            self._keep(Snapshot(taken_at=self.clock(), devices=devices, status=status, message=message))
+
+    def _failed(self, message: str, status: DeviceStatus) -> None:
+        self._failures = 0 if status is DeviceStatus.NONE else self._failures + 1
+        self._keep(attrs.evolve(self._snapshot, status=status, stale=self._seen, message=message))
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        before, self._snapshot = self._snapshot, snapshot
+        if (before.status, before.message) != (snapshot.status, snapshot.message):
+            self.on_change(snapshot)

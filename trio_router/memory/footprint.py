@@ -1,0 +1,251 @@
+"""How much memory a model will take, before it was ever loaded: weights, caches, compute buffers, and a margin.
+
+Checked against llama-server's own projection (`-lv 4`) for SmolLM2, on a GPU and without: all layers offloaded or nine
+of thirty, f16 and q8_0 caches, one slot and eight, with flash attention and without: within 3 MiB of what it says.
+"""
+
+import enum
+import re
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from trio_router.config.flags import last_value
+from trio_router.config.schema import ModelConfig
+from trio_router.memory.gguf import GgufError, GgufHeader, read_header
+from trio_router.memory.hparams import HeaderLacks, block_count, number
+from trio_router.memory.kv import cells_per_stream, layer_caches
+from trio_router.memory.settings import DRAFT, PROJECTOR, MemorySettings, draft_settings_of, settings_of
+
+MIB: Final = 1024 * 1024
+CUDA_DRIVER_BYTES: Final = 400 * MIB
+"""What a process costs on a device before it allocates anything, with CUDA: 300 to 500 MiB are usual."""
+VULKAN_DRIVER_BYTES: Final = 56 * MIB
+"""The same with Vulkan: 48 to 55 MiB, measured on one H100."""
+_F32: Final = 4
+_LEAST_COMPUTE: Final = 300 * MIB
+
+_BLOCK: Final = re.compile(r"blk\.(\d{1,6})\.")
+_EXPERT: Final = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch)?exps")
+_INPUT: Final = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
+
+
+class Place(enum.Enum):
+    """Where bytes lie."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+@attrs.frozen(kw_only=True)
+class Part:
+    """One thing that takes memory."""
+
+    name: str
+    """`weights`, `cache`, `compute`, `driver`, `projector`, `draft weights`, `draft cache`, `margin`."""
+    bytes: int
+    source: str
+    """Where the number comes from: `header`, `formula`, `allowance`, `file size`, `file missing`, `vram_multiplier`."""
+    place: Place
+
+
+@attrs.frozen(kw_only=True)
+class Footprint:
+    """What one model needs."""
+
+    parts: tuple[Part, ...]
+    note: str | None = None
+    """Why the formula could not be used."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.device_bytes + self.host_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        return self._bytes(Place.DEVICE)
+
+    @property
+    def host_bytes(self) -> int:
+        return self._bytes(Place.HOST)
+
+    def _bytes(self, place: Place) -> int:
+        return sum(part.bytes for part in self.parts if part.place is place)
+
+
+@attrs.frozen(kw_only=True)
+class _Split:
+    """Bytes by place, on their way to parts."""
+
+    device: int = 0
+    host: int = 0
+
+    def parts(self, name: str, source: str) -> list[Part]:
+        return [
+            Part(name=name, bytes=size, source=source, place=place)
+            for size, place in ((self.device, Place.DEVICE), (self.host, Place.HOST))
+            if size
+        ]
+
+
+@attrs.frozen(kw_only=True)
+class _Offload:
+    """Which layers are on the device: the last ones, the output layer counting as one (`llama_model::load_tensors`)."""
+
+    first: int
+    """The first block on the device."""
+    output: bool
+
+    @classmethod
+    def of(cls, blocks: int, settings: MemorySettings, *, gpu: bool) -> "_Offload":
+        layers = blocks + 1 if settings.gpu_layers is None else settings.gpu_layers
+        if not gpu or not layers:
+            return cls(first=blocks + 1, output=False)
+        return cls(first=max(0, blocks + 1 - layers), output=True)
+
+
+def _weights(header: GgufHeader, settings: MemorySettings, offload: _Offload) -> _Split:
+    """Every tensor where llama-server puts it; a model without output weights has its embeddings in both places."""
+    device = host = 0
+    tied = not any(tensor.name.startswith("output.") for tensor in header.tensors)
+    for tensor in header.tensors:
+        if block := _BLOCK.match(tensor.name):
+            kept = int(block[1]) < settings.cpu_expert_layers and _EXPERT.search(tensor.name) is not None
+            on_device, on_host = int(block[1]) >= offload.first and not kept, None
+        elif tensor.name.startswith(_INPUT):
+            on_device, on_host = offload.output and tied and tensor.name.startswith("token_embd."), True
+        else:
+            on_device, on_host = offload.output, None
+        device += tensor.bytes if on_device else 0
+        host += tensor.bytes if on_host or not on_device else 0
+    return _Split(device=device, host=host)
+
+
+def _caches(header: GgufHeader, settings: MemorySettings, offload: _Offload) -> _Split:
+    device = host = 0
+    for cache in layer_caches(header, settings):
+        if cache.layer >= offload.first and settings.cache_on_device:
+            device += cache.bytes
+        else:
+            host += cache.bytes
+    return _Split(device=device, host=host)
+
+
+def _largest(header: GgufHeader, key: str) -> int:
+    value = header.get(key)
+    if isinstance(value, tuple):
+        return max((int(item) for item in value if isinstance(item, int)), default=0)
+    return number(header, key) or 0
+
+
+def _compute(header: GgufHeader, settings: MemorySettings) -> int | None:
+    """Bytes of the compute buffer; None if the header lacks the widths.
+
+    There is no closed form: the graph decides. For a plain transformer it is the attention mask and the greediest
+    of three phases, whose tensors share their memory: attention (without flash attention, the scores of every head),
+    feed-forward, and the logits of one token per slot. The factors are fitted to SmolLM2.
+    """
+    embedding, forward = number(header, "embedding_length"), _largest(header, "feed_forward_length")
+    experts = _largest(header, "expert_used_count") * _largest(header, "expert_feed_forward_length")
+    if not embedding or not (forward or experts):
+        return None
+    batch, cells = settings.micro_batch, cells_per_stream(header, settings)
+    scores = 0 if settings.flash_attention else cells * _largest(header, "attention.head_count")
+    mask = batch * cells * (2 if settings.flash_attention else _F32)
+    attention = batch * (6 * embedding + scores)
+    feed_forward = batch * (4 * embedding + 3 * max(forward, experts))
+    logits = settings.slots * _largest(header, "vocab_size")
+    return mask + max(attention, feed_forward, logits) * _F32
+
+
+def _model_parts(header: GgufHeader, settings: MemorySettings, *, gpu: bool) -> list[Part]:
+    """Weights, caches and compute buffers of the main model. Raises HeaderLacks."""
+    blocks = block_count(header)
+    offload = _Offload.of(blocks, settings, gpu=gpu)
+    weights, caches = _weights(header, settings, offload), _caches(header, settings, offload)
+    compute, source = _compute(header, settings), "formula"
+    if compute is None:
+        held = weights.device + weights.host + caches.device + caches.host
+        compute, source = max(_LEAST_COMPUTE, held // 10), "allowance"
+    # A device works on large batches even for layers that are not on it.
+    buffers = _Split(device=compute if gpu else 0, host=compute if offload.first > 0 else 0)
+    return [*weights.parts("weights", "header"), *caches.parts("cache", "formula"), *buffers.parts("compute", source)]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _whole_file(name: str, size: int | None, *, on_device: bool) -> Part:
+    place = Place.DEVICE if on_device else Place.HOST
+    source = "file missing" if size is None else "file size"
+    return Part(name=name, bytes=size or 0, source=source, place=place)
+
+
+def _draft_parts(model: ModelConfig, path: Path, *, gpu: bool) -> list[Part]:
+    settings = draft_settings_of(model)
+    gpu = gpu and settings.gpu_layers != 0
+    try:
+        header = read_header(path)
+        offload = _Offload.of(block_count(header), settings, gpu=gpu)
+        weights = _weights(header, settings, offload).parts("draft weights", "header")
+        return [*weights, *_caches(header, settings, offload).parts("draft cache", "formula")]
+    except (GgufError, HeaderLacks):
+        return [_whole_file("draft weights", _size(path), on_device=gpu)]
+
+
+def _beside(model: ModelConfig, *, gpu: bool) -> list[Part]:
+    """What the flags load next to the model: a projector, a draft model."""
+    parts: list[Part] = []
+    projector, draft = last_value(model.flags, PROJECTOR), last_value(model.flags, DRAFT)
+    if projector is not None:
+        on_device = gpu and settings_of(model).projector_on_device
+        parts.append(_whole_file("projector", _size(Path(projector)), on_device=on_device))
+    if draft is not None:
+        parts += _draft_parts(model, Path(draft), gpu=gpu)
+    return parts
+
+
+def _margin(parts: list[Part], multiplier: float) -> list[Part]:
+    """What `system.vram_multiplier` adds, by place."""
+    extra = {
+        place: round(sum(part.bytes for part in parts if part.place is place) * (multiplier - 1)) for place in Place
+    }
+    return _Split(device=extra[Place.DEVICE], host=extra[Place.HOST]).parts("margin", "vram_multiplier")
+
+
+def estimate(
+    model: ModelConfig, *, multiplier: float, gpu: bool = True, driver_bytes: int = CUDA_DRIVER_BYTES
+) -> Footprint:
+    """What `model` needs when llama-server loads it with its flags and `--parallel model.slots`.
+
+    `gpu`: whether llama-server sees one device; without, everything is on the host. `driver_bytes` is what the
+    process itself costs there. `multiplier` is a margin on the whole sum.
+
+    Not seen: `--override-tensor`, several devices, and what `--fit` takes away when memory is short. So the
+    estimate errs to the large side there.
+
+    Reads the headers of the files: blocks on the disk. If a header lacks what the formula needs, the file's size
+    stands for the model and `note` says why. Raises GgufError only if there is no file at all.
+    """
+    settings = settings_of(model)
+    on_device = gpu and last_value(model.flags, frozenset({"-dev", "--device"})) != "none"
+    note = None
+    file_bytes = _size(model.file)
+    try:
+        header = read_header(model.file)
+        file_bytes = header.file_bytes
+        parts = _model_parts(header, settings, gpu=on_device)
+        if on_device:
+            parts.append(Part(name="driver", bytes=driver_bytes, source="allowance", place=Place.DEVICE))
+    except (GgufError, HeaderLacks) as exc:
+        if file_bytes is None:
+            raise
+        note = str(exc)
+        parts = [_whole_file("weights", file_bytes, on_device=on_device and settings.gpu_layers != 0)]
+    parts += _beside(model, gpu=on_device)
+    return Footprint(parts=(*parts, *_margin(parts, multiplier)), note=note)

@@ -1,0 +1,101 @@
+"""The nursery tree: what starts, in which order, and stops in reverse.
+
+    root nursery
+    |- signals                      SIGTERM, SIGINT: drain; a second one: cancel
+    |- registry.run                 the only task that starts and stops models
+    |  |- supervisor[qwen-7b]       child nursery: llama-server, its log, its health
+    |  `- supervisor[...]
+    |- devices.run                  NVML samples
+    `- listener                     last to start
+       `- connection ...            holds a lease while it streams
+
+Stopping is cancelling. Draining comes before it: what waits is refused, what comes is refused, what runs may finish
+within `system.drain_timeout_sec`; the listener stays until then, so that clients are told and not left hanging.
+Then the root is cancelled, connections are closed, and the supervisors end their llama-servers side by side.
+"""
+
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import structlog
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+
+from trio_router.backend.address import private_folder
+from trio_router.backend.launch import Launcher
+from trio_router.config import LlamaServer
+from trio_router.config.schema import RouterConfig
+from trio_router.fleet.registry import Registry
+from trio_router.memory.devices import DeviceMonitor
+from trio_router.telemetry.events import Events
+from trio_router.telemetry.logs import configure_logs
+from trio_router.web.app import create_app
+from trio_router.web.listener import Connections, bound_port, open_listeners, serve_connections
+
+log = structlog.get_logger("trio_router")
+
+
+def main(config: RouterConfig, server: LlamaServer, *, log_format: str = "text", log_level: str = "info") -> int:
+    """Serve until told to stop; returns the exit status. Must be called in the main thread."""
+    configure_logs(log_format, log_level)
+    try:
+        with private_folder() as folder:
+            launcher = Launcher(server=server, folder=folder, transport=config.system.backend_transport)
+            return trio.run(serve, config, launcher)
+    except OSError as error:
+        print(f"trio-router: {error}", file=sys.stderr)  # noqa: T201  (the last word of a program)
+        return 1
+
+
+async def serve(config: RouterConfig, launcher: Launcher) -> int:
+    """The root. Returns the exit status."""
+    events = Events()
+    registry = Registry.of(config, launcher, events)
+    devices = DeviceMonitor(gpu_devices=config.system.gpu_devices)
+    app = create_app(config, registry, devices, events)
+    try:
+        listeners = await open_listeners(config.api.host, config.api.port)
+    except OSError as error:
+        # no traceback: the sentence says all
+        log.error("cannot listen", host=config.api.host, port=config.api.port, error=str(error))  # noqa: TRY400
+        return 1
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as root:
+            await root.start(registry.run)
+            await root.start(devices.run)
+            connections = Connections(ASGIWrapper(app))
+            await root.start(serve_connections, connections, listeners)
+            registry.enter("ready")
+            announce(config, bound_port(listeners))
+            root.start_soon(stop_on_second_signal, signals, root.cancel_scope, registry, config)
+    log.info("stopped")
+    return 0
+
+
+def announce(config: RouterConfig, port: int) -> None:
+    """The one line on standard output: where we are."""
+    host = f"[{config.api.host}]" if ":" in config.api.host else config.api.host
+    if config.api.host not in {"127.0.0.1", "::1", "localhost"} and config.api.key is None:
+        log.warning("anyone who reaches this address can use it: there is no API_KEY", host=config.api.host)
+    print(f"trio-router listens on http://{host}:{port}", flush=True)  # noqa: T201
+
+
+async def stop_on_second_signal(
+    signals: AsyncIterator[int], root: trio.CancelScope, registry: Registry, config: RouterConfig
+) -> None:
+    """The first signal drains and then stops; another stops at once."""
+    async with trio.open_nursery() as nursery:
+        async for number in signals:
+            if registry.draining:
+                log.warning("stopping at once", signal=signal.Signals(number).name)
+                root.cancel()
+                return
+            log.info("draining", signal=signal.Signals(number).name)
+            nursery.start_soon(drain_and_stop, root, registry, config.system.drain_timeout_sec)
+
+
+async def drain_and_stop(root: trio.CancelScope, registry: Registry, seconds: float) -> None:
+    """Let what runs finish, then stop."""
+    await registry.drain(seconds)
+    root.cancel()

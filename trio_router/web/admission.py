@@ -1,0 +1,200 @@
+"""What is looked at before a request touches a model. Knows nothing of frameworks: values in, an error or facts out."""
+
+import functools
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+from typing import Final
+
+import attrs
+import msgspec
+
+from trio_router.config.schema import ApiConfig
+from trio_router.errors import (
+    HostNotAllowed,
+    InvalidApiKey,
+    InvalidJSON,
+    InvalidPriority,
+    MissingModel,
+    OriginNotAllowed,
+    UnsupportedMediaType,
+    shown,
+)
+from trio_router.fleet.scheduler import Priority
+
+INFERENCE_PATHS: Final = frozenset(
+    {
+        "/v1/chat/completions", "/chat/completions",
+        "/v1/chat/completions/input_tokens", "/chat/completions/input_tokens",
+        "/v1/completions", "/completions", "/completion",
+        "/v1/embeddings", "/embeddings", "/embedding",
+        "/v1/responses", "/responses",
+        "/v1/responses/input_tokens", "/responses/input_tokens",
+        "/v1/messages", "/v1/messages/count_tokens",
+        "/v1/rerank", "/rerank", "/v1/reranking", "/reranking",
+        "/infill", "/tokenize", "/detokenize", "/apply-template",
+    }
+)  # fmt: skip
+"""Everything llama-server b10068 serves by POST with a JSON body (tools/server/server.cpp)."""
+
+OPEN_PATHS: Final = frozenset({"/health", "/v1/health", "/livez", "/readyz"})
+"""Answered without a key: a probe has none."""
+
+LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+PRIORITIES: Final = {priority.label: priority for priority in Priority}
+
+
+def request_id(sent: str | None) -> str:
+    """The client's own id if it is one (up to 128 visible ASCII characters), else a new one."""
+    return sent if sent is not None and REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(12)}"
+
+
+def priority(sent: str | None) -> Priority:
+    """What `X-Request-Priority` says; normal if absent. Raises InvalidPriority."""
+    if sent is None:
+        return Priority.NORMAL
+    try:
+        return PRIORITIES[sent.strip().lower()]
+    except KeyError:
+        raise InvalidPriority(
+            f"X-Request-Priority is {shown(sent)}; it may be high, normal or low", param="X-Request-Priority"
+        ) from None
+
+
+def check_encoding(sent: str | None) -> None:
+    """Raise UnsupportedMediaType for a body that is compressed: llama-server does not read those either."""
+    if sent is not None and sent.strip().lower() not in {"", "identity"}:
+        raise UnsupportedMediaType(f"Content-Encoding is {shown(sent)}; bodies are read uncompressed only")
+
+
+class _Body(msgspec.Struct):
+    """The two fields of a body that concern us; the rest is checked to be JSON and skipped."""
+
+    model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+@attrs.frozen(kw_only=True)
+class Wish:
+    """What a body asks for."""
+
+    model: str
+    stream: bool
+
+
+def read_wish(body: bytes) -> Wish:
+    """Find `model` and `stream`. About 1 µs for a small body, 3 ms for 5 MB. Raises InvalidJSON, MissingModel."""
+    try:
+        if not body.isascii():
+            body.decode()  # fields that are skipped are not looked into
+        found = _BODY.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidJSON("the body is JSON, but not an object") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidJSON(f"the body is not JSON: {error}") from error
+    if found.model is msgspec.UNSET:
+        raise MissingModel("the body has no field `model`", param="model")
+    try:
+        model = msgspec.json.decode(found.model, type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MissingModel(
+            f"`model` is {shown(bytes(found.model[:200]).decode('utf-8', 'replace'))}; it must be a string",
+            param="model",
+        ) from error
+    return Wish(model=model, stream=found.stream is not msgspec.UNSET and bytes(found.stream) == b"true")
+
+
+_BODY: Final = msgspec.json.Decoder(_Body)
+
+
+@attrs.define
+class Admission:
+    """Who may ask: host, origin, key."""
+
+    _api: ApiConfig
+    _key_digest: bytes | None = attrs.field(init=False, repr=False)
+    _hosts: frozenset[str] = attrs.field(init=False)
+    _wildcard: bool = attrs.field(init=False)
+    """Whether we listen on every address, so that any of them is a good name for us."""
+
+    def __attrs_post_init__(self) -> None:
+        api = self._api
+        self._key_digest = None if api.key is None else _digest(api.key)
+        self._wildcard = api.host in {"0.0.0.0", "::", ""}  # noqa: S104  (compared, not bound)
+        listed = api.allowed_hosts
+        self._hosts = (
+            LOOPBACK_NAMES | {api.host.lower()} if listed is None else frozenset(name.lower() for name in listed)
+        )
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether a key is configured."""
+        return self._key_digest is not None
+
+    def check_host(self, host: str | None) -> None:
+        """Raise HostNotAllowed unless `Host` names us: DNS rebinding makes a foreign page's name resolve to us.
+
+        HTTP/1.0 clients send none; no browser is among them.
+        """
+        if host is None or "*" in self._hosts:
+            return
+        name = _host_name(host)
+        if name in self._hosts or (self._wildcard and self._api.allowed_hosts is None and _is_address(name)):
+            return
+        raise HostNotAllowed(f"Host is {shown(host)}; api.allowed_hosts has {', '.join(sorted(self._hosts))}")
+
+    def check_origin(self, method: str, host: str | None, origin: str | None) -> None:
+        """Raise OriginNotAllowed when a page of a foreign origin asks for more than to read."""
+        if origin is None or method in SAFE_METHODS or self.origin_allowed(origin) or _same_origin(origin, host):
+            return
+        raise OriginNotAllowed(f"Origin is {shown(origin)}; api.cors_origins lists those that may call")
+
+    def origin_allowed(self, origin: str) -> bool:
+        """Whether a browser may show our answers to pages of `origin`."""
+        return origin in self._api.cors_origins or "*" in self._api.cors_origins
+
+    def check_key(self, path: str, authorization: str | None, x_api_key: str | None) -> None:
+        """Raise InvalidApiKey unless the request brings the key, or needs none."""
+        if self._key_digest is None or path in OPEN_PATHS:
+            return
+        for sent in (_bearer(authorization), x_api_key):
+            # digests are compared, so neither the time nor the length tells anything of the key
+            if sent is not None and hmac.compare_digest(_digest(sent.strip()), self._key_digest):
+                return
+        what = "no API key" if authorization is None and x_api_key is None else "a wrong API key"
+        raise InvalidApiKey(f"{what} was sent; send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _bearer(authorization: str | None) -> str | None:
+    scheme, _, key = (authorization or "").partition(" ")
+    return key if scheme.lower() == "bearer" else None
+
+
+@functools.lru_cache(maxsize=256)
+def _host_name(host: str) -> str:
+    """`Host` without its port and brackets, lower case."""
+    name = host.strip().lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.partition(":")[0].rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _same_origin(origin: str, host: str | None) -> bool:
+    scheme, _, rest = origin.partition("://")
+    return host is not None and scheme in {"http", "https"} and rest.lower() == host.strip().lower()

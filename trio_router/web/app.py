@@ -1,0 +1,192 @@
+"""The Quart app: routes, and what is the same for all of them (ids, admission, errors as JSON).
+
+It is one of two ways in. What a route decides it asks of the rooms behind; here values are taken out of a request
+and put into a response.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Self, cast
+
+import structlog
+import trio
+from hypercorn.typing import ASGISendCallable
+from quart import Request, Response, g, request
+from quart.wrappers.response import ResponseBody
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
+
+from trio_router.config.schema import RouterConfig
+from trio_router.errors import InternalError, InvalidRequest, MethodNotAllowed, RouterError, UnknownPath, shown
+from trio_router.fleet.registry import Registry
+from trio_router.memory.devices import DeviceMonitor
+from trio_router.telemetry.events import Events
+from trio_router.web import models, monitoring
+from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
+from trio_router.web.body import read_body
+from trio_router.web.inference import Exchange, InferenceRequest
+from trio_router.web.relay import Answer
+from trio_router.web.responses import error_response
+
+log = structlog.get_logger("trio_router.web")
+
+CORS_HEADERS = (
+    "Authorization, Content-Type, Last-Event-ID, X-Api-Key, X-Request-ID, X-Request-Priority, OpenAI-Organization, "
+    "OpenAI-Project"
+)
+EXPOSED_HEADERS = "X-Request-ID, X-Queue-Time-Ms, Retry-After"
+
+
+class Connection(TrioASGIHTTPConnection):
+    """Gives each request a stack for what it borrows, unwound when its last byte is out.
+
+    Not in the handler: a client may leave after the handler returned and before the body's iterator was entered,
+    and then nothing of the iterator ever runs.
+    """
+
+    async def handle_request(  # type: ignore[override]  # as quart_trio's own differs from quart's
+        self, nursery: trio.Nursery, request: Request, send: ASGISendCallable
+    ) -> None:
+        async with AsyncExitStack() as stack:
+            request.borrowed = stack  # type: ignore[attr-defined]
+            try:
+                await super().handle_request(nursery, request, send)
+            except RouterError as error:
+                # in the middle of an answer: returning without its end makes Hypercorn close the connection
+                log.warning("answer cut", path=request.path, error=error.message)
+                nursery.cancel_scope.cancel()
+
+
+class AnswerBody(ResponseBody):
+    """An answer's bytes as they come. The answer itself belongs to the request's stack."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while piece := await self._answer.receive():
+            yield piece
+
+
+def create_app(config: RouterConfig, registry: Registry, devices: DeviceMonitor, events: Events) -> QuartTrio:
+    """The app of one router."""
+    app = QuartTrio("trio_router", static_folder=None)
+    app.asgi_http_class = Connection
+    # no clock of Quart's (it would cut streams without a word), no limit of its own (it does not bound chunked bodies)
+    app.config.update(RESPONSE_TIMEOUT=None, BODY_TIMEOUT=None, MAX_CONTENT_LENGTH=None)
+    app.config.update(PROVIDE_AUTOMATIC_OPTIONS=False)
+    app.url_map.strict_slashes = False
+    app.url_map.merge_slashes = False
+    _add_admission(app, config, registry)
+    _add_errors(app)
+    _add_inference(app, registry, events, config.api.max_body_mb * 1024 * 1024)
+    models.add_routes(app, registry)
+    monitoring.add_routes(app, registry, devices)
+    return app
+
+
+def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry) -> None:
+    """What every request goes through before its route, and every response after it."""
+    admission = Admission(config.api)
+
+    @app.before_request
+    async def admit() -> Response | None:
+        g.arrived_at = trio.current_time()
+        headers = request.headers
+        g.request_id = request_id(headers.get("X-Request-ID"))
+        host, origin = headers.get("Host"), headers.get("Origin")
+        admission.check_host(host)
+        admission.check_origin(request.method, host, origin)
+        if request.method == "OPTIONS":
+            return _preflight(allowed=origin is not None and admission.origin_allowed(origin))
+        admission.check_key(request.path, headers.get("Authorization"), headers.get("X-Api-Key"))
+        return None
+
+    @app.after_request
+    async def finish(response: Response) -> Response:
+        response.headers["X-Request-ID"] = g.get("request_id") or request_id(None)
+        if config.api.cors_origins:
+            response.headers.add("Vary", "Origin")
+        origin = request.headers.get("Origin")
+        if origin is not None and admission.origin_allowed(origin):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+        if registry.draining:
+            response.headers["Connection"] = "close"
+        return response
+
+
+def _preflight(*, allowed: bool) -> Response:
+    """The answer to a browser that asks whether it may ask."""
+    response = Response(b"", 204)
+    if allowed:
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        response.headers["Access-Control-Allow-Headers"] = CORS_HEADERS
+        response.headers["Access-Control-Max-Age"] = "600"
+    return response
+
+
+def _add_errors(app: QuartTrio) -> None:
+    """Every error as a JSON object."""
+
+    @app.errorhandler(RouterError)
+    async def router_error(error: RouterError) -> Response:
+        return error_response(error)
+
+    @app.errorhandler(HTTPException)
+    async def http_error(error: HTTPException) -> Response:
+        path = shown(request.path)
+        if isinstance(error, WerkzeugMethodNotAllowed):
+            allowed = tuple(sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"}))
+            return error_response(MethodNotAllowed(f"{request.method} is not for {path}", allowed=allowed))
+        if error.code == 404:
+            return error_response(UnknownPath(f"nothing is at {path}"))
+        response = error_response(InvalidRequest(error.description or error.name))
+        response.status_code = error.code or 400
+        return response
+
+    @app.errorhandler(Exception)
+    async def bug(error: Exception) -> Response:
+        log.error("internal error", id=g.get("request_id"), path=request.path, exc_info=error)
+        return error_response(InternalError("an internal error; the router's log says more"))
+
+
+def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_bytes: int) -> None:
+    """The paths that are answered by a llama-server."""
+
+    async def inference() -> Response:
+        incoming = InferenceRequest(
+            path=request.path,
+            target=_target(request),
+            headers=cast("list[tuple[bytes, bytes]]", list(request.scope["headers"])),
+            body=await read_body(request, max_body_bytes),
+            request_id=g.request_id,
+            arrived_at=g.arrived_at,
+        )
+        borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
+        answer = await borrowed.enter_async_context(Exchange(registry=registry, events=events, request=incoming))
+        response = Response(AnswerBody(answer), answer.status)
+        del response.headers["content-type"]
+        for name, value in answer.headers():
+            response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
+        response.timeout = None
+        return response
+
+    for path in sorted(INFERENCE_PATHS):
+        app.add_url_rule(path, f"inference {path}", inference, methods=["POST"])
+
+
+def _target(incoming: Request) -> str:
+    """The path and query as the client wrote them."""
+    scope = incoming.scope
+    raw = scope.get("raw_path") or incoming.path.encode()
+    query = scope["query_string"]
+    return (raw + b"?" + query if query else raw).decode("ascii", "backslashreplace")

@@ -1,0 +1,63 @@
+"""Reading a request's body from Quart, bounded in size and in time.
+
+Quart's own `MAX_CONTENT_LENGTH` does not bound a chunked upload on 0.23 (the whole is queued before it is
+checked), so the bytes are counted here as they come.
+"""
+
+import json
+from collections.abc import AsyncIterable
+from typing import Any
+
+import trio
+from quart import Request
+
+from trio_router.errors import BodyTooLarge, InvalidJSON, RequestTimeout
+
+IDLE_SECONDS = 30.0
+"""Longest pause of a client in the middle of its body."""
+DISCARD_SECONDS = 2.0
+"""How long a body that is too large is still read, and thrown away, so that its client gets to our answer."""
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, at most `limit` bytes. Raises BodyTooLarge, RequestTimeout."""
+    declared = request.content_length
+    if declared is not None and declared > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    with trio.CancelScope() as patience:
+        patience.deadline = trio.current_time() + IDLE_SECONDS
+        async for piece in request.body:
+            body += piece
+            if len(body) > limit:
+                break
+            patience.deadline = trio.current_time() + IDLE_SECONDS
+    if patience.cancelled_caught:
+        raise RequestTimeout(f"the body paused for {IDLE_SECONDS:g} s")
+    if len(body) > limit:
+        body.clear()
+        await _discard(request.body)
+        raise _too_large(limit)
+    return bytes(body)
+
+
+async def read_object(request: Request, limit: int = 64 * 1024) -> dict[str, Any]:
+    """The body of a management request, a JSON object. Raises InvalidJSON, BodyTooLarge, RequestTimeout."""
+    body = await read_body(request, limit)
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidJSON(f"the body is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InvalidJSON("the body is JSON, but not an object")
+    return found
+
+
+async def _discard(body: AsyncIterable[bytes]) -> None:
+    with trio.move_on_after(DISCARD_SECONDS):
+        async for _ in body:
+            pass
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {limit} bytes, the limit (api.max_body_mb)")

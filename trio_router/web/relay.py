@@ -1,0 +1,220 @@
+"""The way bytes travel to a llama-server and back. Decides nothing: whether to try again is `fleet.dispatch`'s."""
+
+import json
+from typing import Final
+
+import attrs
+import trio
+
+from trio_router.backend.backend import Slot
+from trio_router.backend.connection import HOP_BY_HOP, AnswerHead, BackendLost, Connection, Headers
+from trio_router.errors import BackendTimeout, BackendUnavailable, RouterError
+from trio_router.fleet.scheduler import Lease
+
+NOT_FORWARDED: Final = HOP_BY_HOP | {
+    b"accept-encoding",  # llama-server does not compress; a body that passes unread must not be
+    b"authorization",  # ours, not the backend's
+    b"content-length",
+    b"cookie",
+    b"expect",
+    b"host",
+    b"origin",  # checked already; llama-server would answer with CORS headers of its own
+    b"x-api-key",
+    b"x-request-priority",
+}
+NOT_RETURNED: Final = frozenset({b"date", b"server"})
+CORS_PREFIX: Final = b"access-control-"
+WHOLE_BYTES: Final = 64 * 1024
+"""An answer of known length up to this is read whole before it is begun: it can still be tried elsewhere."""
+TAIL_BYTES: Final = 4096
+"""How much of an answer's end is kept, for the token counts that stand there."""
+
+EVENT_STREAM: Final = b"text/event-stream"
+
+
+def request_head(target: str, headers: Headers, length: int, *, request_id: str, key: str | None) -> bytes:
+    """The head of a request for a llama-server. `target` is the path with its query, as the client wrote it."""
+    listed = {
+        name.strip().lower()
+        for header, value in headers
+        if header.lower() == b"connection"
+        for name in value.split(b",")
+    }
+    lines = [b"POST " + target.encode("ascii") + b" HTTP/1.1", b"Host: llama-server"]
+    lines += [
+        name + b": " + value
+        for name, value in headers
+        if (lower := name.lower()) not in NOT_FORWARDED and lower not in listed and lower != b"x-request-id"
+    ]
+    lines.append(b"X-Request-ID: " + request_id.encode("ascii"))
+    if key is not None:
+        lines.append(b"Authorization: Bearer " + key.encode("ascii"))
+    lines.append(b"Content-Length: %d\r\n\r\n" % length)
+    return b"\r\n".join(lines)
+
+
+@attrs.frozen(kw_only=True)
+class Opened:
+    """An answer has begun: its head, and what of its body had come when it was passed on."""
+
+    connection: Connection
+    head: AnswerHead
+    first: bytes
+
+
+@attrs.frozen(kw_only=True)
+class Outgoing:
+    """One request, ready to be sent to any slot."""
+
+    target: str
+    headers: Headers
+    body: bytes
+    request_id: str
+    silence_seconds: float
+    """Longest silence of the backend."""
+
+    async def attempt(self, slot: Slot) -> Opened:
+        """Send the request on `slot`'s connection and wait for the first bytes of the answer's body.
+
+        llama-server sends the head of a stream before it has read the prompt: with only that in hand the request
+        could not be given to another. Raises BackendLost, BackendTimeout.
+        """
+        key = slot.backend.address.key
+        head = request_head(self.target, self.headers, len(self.body), request_id=self.request_id, key=key)
+        with self._patience() as patience:
+            connection = await slot.connect()
+            await connection.send(head, self.body)
+        self._check(patience)
+        with self._patience() as patience:
+            answer = await connection.receive_head()
+        self._check(patience)
+        length = answer.get(b"content-length")
+        whole = length is not None and length.isdigit() and int(length) <= WHOLE_BYTES
+        pieces: list[bytes] = []
+        while True:
+            with self._patience() as patience:
+                piece = await connection.receive()
+            self._check(patience)
+            pieces.append(piece)
+            if not piece or not whole:
+                return Opened(connection=connection, head=answer, first=b"".join(pieces))
+
+    def _patience(self) -> trio.CancelScope:
+        return trio.move_on_after(self.silence_seconds)
+
+    def _check(self, patience: trio.CancelScope) -> None:
+        if patience.cancelled_caught:
+            raise silent(self.silence_seconds)
+
+
+def silent(seconds: float) -> BackendTimeout:
+    """What a client is told after `seconds` without a byte from its backend."""
+    return BackendTimeout(f"llama-server was silent for {seconds:g} s")
+
+
+@attrs.define(eq=False, kw_only=True)
+class Answer:
+    """An answer on its way to a client: `receive` until it returns b"", then `close`, whatever happened."""
+
+    endpoint: str
+    lease: Lease
+    opened: Opened
+    queue_seconds: float
+    silence_seconds: float
+    error: RouterError | None = None
+    """What ended it before its time, if something did."""
+    tail: bytes = b""
+    """The last bytes that went out."""
+    _begun: bool = False
+    _over: bool = False
+
+    @property
+    def status(self) -> int:
+        """The backend's own."""
+        return self.opened.head.status
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the body is a stream of events."""
+        return (self.opened.head.get(b"content-type") or b"").lower().startswith(EVENT_STREAM)
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether `receive` has returned every byte there is."""
+        return self._begun and self.error is None and self.opened.connection.complete
+
+    def headers(self) -> Headers:
+        """The backend's headers, less what concerns only us and it, and what a stream needs beside them."""
+        kept = [
+            (name, value)
+            for name, value in self.opened.head.headers
+            if name not in NOT_RETURNED and not name.startswith(CORS_PREFIX)
+        ]
+        if self.is_stream:
+            kept = [(name, value) for name, value in kept if name not in {b"cache-control", b"x-accel-buffering"}]
+            kept += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        kept.append((b"x-queue-time-ms", b"%d" % round(self.queue_seconds * 1000)))
+        return kept
+
+    async def receive(self) -> bytes:
+        """The next bytes for the client, b"" at the end.
+
+        A stream whose backend dies ends with one error event in the words of its endpoint. Raises RouterError for
+        any other answer that cannot be completed: its client must not take what it has for the whole.
+        """
+        if not self._begun:
+            self._begun = True
+            if self.opened.first:
+                return self._passed(self.opened.first)
+        if self._over:
+            return b""
+        try:
+            with trio.move_on_after(self.silence_seconds) as patience:
+                piece = await self.opened.connection.receive()
+            if patience.cancelled_caught:
+                raise silent(self.silence_seconds)
+        except BackendLost as lost:
+            backend = self.lease.slot.backend
+            why = f"the llama-server of model {backend.alias!r} was lost in the middle of an answer"
+            self.error = BackendUnavailable(f"{why}: {backend.lost or lost}", param="model")
+        except BackendTimeout as timeout:
+            self.error = timeout
+        else:
+            self._over = not piece
+            return self._passed(piece)
+        self._over = True
+        if not self.is_stream:
+            raise self.error
+        return self._passed(error_event(self.endpoint, self.error, cut=not self.tail.endswith(b"\n\n")))
+
+    def _passed(self, piece: bytes) -> bytes:
+        if piece:
+            self.tail = piece[-TAIL_BYTES:] if len(piece) >= TAIL_BYTES else (self.tail + piece)[-TAIL_BYTES:]
+        return piece
+
+    def close(self) -> None:
+        """Give the slot back; an answer that was not read to its end is cut off, so that llama-server stops."""
+        self.opened.connection.finish()
+        self.lease.release()
+
+
+def error_event(endpoint: str, error: RouterError, *, cut: bool) -> bytes:
+    """One event that tells a stream's client what happened, in the dialect of its endpoint.
+
+    `cut` says that the last event was not complete: an empty line ends it.
+    """
+    body = error.body()
+    name = ""
+    if endpoint.endswith("/responses"):
+        name = "event: response.failed\n"
+        failed = {"code": "server_error", "message": error.message}
+        body = {
+            "type": "response.failed",
+            "response": {"object": "response", "status": "failed", "error": failed},
+            **body,
+        }
+    elif endpoint.endswith("/messages"):
+        name = "event: error\n"
+        body = {"type": "error", "error": {**body["error"], "type": "api_error"}}
+    event = f"{name}data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
+    return b"\n\n" + event if cut else event
