@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from trio_router import __version__
 
@@ -121,7 +121,7 @@ def _serve(config: "RouterConfig", environ: Mapping[str, str], log_format: str, 
         return BAD_CONFIG
     for problem in problems:
         warning = {"level": "warning", "event": str(problem)}
-        print(json.dumps(warning) if log_format == "json" else f"warning: {problem}", file=sys.stderr)
+        _say(json.dumps(warning) if log_format == "json" else f"warning: {problem}", sys.stderr)
 
     from trio_router import tree  # noqa: PLC0415
 
@@ -174,10 +174,14 @@ def _mib(size_bytes: int) -> str:
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        print(line.encode(errors="backslashreplace").decode())  # file names need not be text
+        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), sys.stdout)
 
 
 def _print_problems(problems: "Iterable[Problem]") -> None:
     for problem in problems:
-        print(problem, file=sys.stderr)
+        _say(str(problem), sys.stderr)
+
+
+def _say(line: str, stream: TextIO) -> None:
+    """Print `line`, in which a file name need not be text."""
+    print(line.encode(errors="backslashreplace").decode(), file=stream)

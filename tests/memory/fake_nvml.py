@@ -1,5 +1,7 @@
 """A driver that does what it is told: a stand-in for the module `pynvml`."""
 
+# ruff: noqa: N802 -- the names are NVML's
+
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

@@ -77,7 +77,7 @@ def test_only_the_devices_wanted(indices: tuple[int, ...], uuids: list[str], mes
     ],
 )
 def test_no_driver(error: int) -> None:
-    with pytest.raises(NoDriver, match="^NVML: "):
+    with pytest.raises(NoDriver, match=r"^NVML: "):
         NvmlSampler((0,), FakeNvml([], failing={"nvmlInit": error})).sample()
 
 

@@ -23,7 +23,7 @@ _PLAIN = re.compile(r"[^\"'\[\]{}\#\n]+")
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
-    """The line, counted from 1, of every table header and every `key =`. Never raises."""
+    """The line, counted from 1, of every table header and every `key =`."""
     text = text.replace("\r\n", "\n")
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()

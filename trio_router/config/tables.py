@@ -44,7 +44,7 @@ class Report:
                 )
             elif path[:1] == ("models",) and isinstance(table[key], dict):
                 self.add((*path, key), f"unknown key; an alias with dots stands in quotes: {_quoted(path, key, table)}")
-            elif close := difflib.get_close_matches(key, known, n=1):
+            elif close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
                 self.add((*path, key), f"unknown key; did you mean {close[0]!r}?")
             else:
                 self.add((*path, key), f"unknown key; known here: {', '.join(known)}")

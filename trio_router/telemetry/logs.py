@@ -8,6 +8,10 @@ import structlog
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+# without the values of local variables: those hold what clients sent, and keys
+_traceback_as_data = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+
+
 def configure_logs(log_format: str, level: str) -> None:
     """Set up structlog: `log_format` is text or json, `level` one of `LEVELS`. Libraries speak from warning on."""
     shared: list[structlog.typing.Processor] = [
@@ -16,9 +20,11 @@ def configure_logs(log_format: str, level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     render: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.ExceptionRenderer(_traceback_as_data), structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        ]
     )
     structlog.configure(
         processors=[*shared, *render],

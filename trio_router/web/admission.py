@@ -155,7 +155,7 @@ class Admission:
 
     def origin_allowed(self, origin: str) -> bool:
         """Whether a browser may show our answers to pages of `origin`."""
-        return origin in self._api.cors_origins or "*" in self._api.cors_origins
+        return origin in self._api.cors_origins
 
     def check_key(self, path: str, authorization: str | None, x_api_key: str | None) -> None:
         """Raise InvalidApiKey unless the request brings the key, or needs none."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Self, cast
 
+import quart.wrappers
 import structlog
 import trio
 from hypercorn.typing import ASGISendCallable
@@ -26,12 +27,14 @@ from trio_router.telemetry.events import Events
 from trio_router.web import models, monitoring
 from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
 from trio_router.web.body import read_body
-from trio_router.web.inference import Exchange, InferenceRequest
+from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Exchange, InferenceRequest
 from trio_router.web.relay import Answer
 from trio_router.web.responses import error_response
 
 log = structlog.get_logger("trio_router.web")
 
+# Quart 0.23's word for it; 0.22 has none, and never says it
+ClientGone: type[Exception] = getattr(quart.wrappers, "ClientDisconnectedError", trio.BrokenResourceError)
 CORS_HEADERS = (
     "Authorization, Content-Type, Last-Event-ID, X-Api-Key, X-Request-ID, X-Request-Priority, OpenAI-Organization, "
     "OpenAI-Project"
@@ -56,6 +59,8 @@ class Connection(TrioASGIHTTPConnection):
             except RouterError as error:
                 # in the middle of an answer: returning without its end makes Hypercorn close the connection
                 log.warning("answer cut", path=request.path, error=error.message)
+                nursery.cancel_scope.cancel()
+            except ClientGone:
                 nursery.cancel_scope.cancel()
 
 
@@ -152,6 +157,10 @@ def _add_errors(app: QuartTrio) -> None:
         response = error_response(InvalidRequest(error.description or error.name))
         response.status_code = error.code or 400
         return response
+
+    @app.errorhandler(ClientGone)
+    async def client_gone(_: Exception) -> Response:
+        return Response(b"", CLIENT_CLOSED_REQUEST)
 
     @app.errorhandler(Exception)
     async def bug(error: Exception) -> Response:

@@ -20,6 +20,9 @@ from trio_router.web.relay import Answer, Outgoing
 
 log = structlog.get_logger("trio_router.request")
 
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that left before it was answered; nobody sees it but logs and metrics."""
+
 
 @attrs.frozen(kw_only=True)
 class InferenceRequest:
@@ -101,7 +104,10 @@ class Exchange:
         """Say what became of the request, once."""
         now = trio.current_time()
         answer = self._answer
-        status = answer.status if answer is not None else error.status if isinstance(error, RouterError) else 500
+        if answer is not None:
+            status = answer.status
+        else:
+            status = error.status if isinstance(error, RouterError) else CLIENT_CLOSED_REQUEST
         outcome = outcome_of(error, status)
         duration = now - self.request.arrived_at
         self.events.emit(

