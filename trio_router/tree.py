@@ -6,6 +6,9 @@
     |  |- supervisor[qwen-7b]       child nursery: llama-server, its log, its health
     |  `- supervisor[...]
     |- devices.run                  NVML samples
+    |- notifier.run                 systemd's watchdog, if it is there
+    |- fill_footprints              reads the models' files, once
+    |- streams.run                  heartbeats and numbers for those who watch
     `- listener                     last to start
        `- connection ...            holds a lease while it streams
 
@@ -14,24 +17,39 @@ within `system.drain_timeout_sec`; the listener stays until then, so that client
 Then the root is cancelled, connections are closed, and the supervisors end their llama-servers side by side.
 """
 
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 
 import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 
+from trio_router import __version__
 from trio_router.backend.address import private_folder
 from trio_router.backend.launch import Launcher
 from trio_router.config import LlamaServer
 from trio_router.config.schema import RouterConfig
+from trio_router.fleet.footprints import fill_footprints
 from trio_router.fleet.registry import Registry
 from trio_router.memory.devices import DeviceMonitor
+from trio_router.notify import Notifier
 from trio_router.telemetry.events import Events
 from trio_router.telemetry.logs import configure_logs
+from trio_router.telemetry.metrics import Metrics
+from trio_router.telemetry.snapshot import metrics_snapshot
+from trio_router.telemetry.summary import Summary
+from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
-from trio_router.web.listener import Connections, bound_port, open_listeners, serve_connections
+from trio_router.web.dataplane import DataPlane
+from trio_router.web.listener import Connections, bound_port, open_sockets, serve_connections
+from trio_router.web.sse import Audience
+from trio_router.web.streams import Streams
+
+LAST_WORDS_SECONDS = 0.5
+"""How long the end waits for streams that their clients do not read."""
 
 log = structlog.get_logger("trio_router")
 
@@ -51,11 +69,16 @@ def main(config: RouterConfig, server: LlamaServer, *, log_format: str = "text",
 async def serve(config: RouterConfig, launcher: Launcher) -> int:
     """The root. Returns the exit status."""
     events = Events()
-    registry = Registry.of(config, launcher, events)
     devices = DeviceMonitor(gpu_devices=config.system.gpu_devices)
-    app = create_app(config, registry, devices, events)
+    registry = Registry.of(config, launcher, events, devices)
+    summary = Summary(config.models)
+    metrics = Metrics(config.models, INFERENCE_PATHS, version=__version__)
+    notifier = Notifier.of(os.environ)
+    events.sinks += [summary, metrics, notifier]
+    streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
+    app = create_app(config, registry, devices, events, streams=streams, metrics=metrics, summary=summary)
     try:
-        listeners = await open_listeners(config.api.host, config.api.port)
+        sockets = await open_sockets(config.api.host, config.api.port)
     except OSError as error:
         # no traceback: the sentence says all
         log.error("cannot listen", host=config.api.host, port=config.api.port, error=str(error))  # noqa: TRY400
@@ -64,11 +87,19 @@ async def serve(config: RouterConfig, launcher: Launcher) -> int:
         async with trio.open_nursery() as root:
             await root.start(registry.run)
             await root.start(devices.run)
-            connections = Connections(ASGIWrapper(app))
-            await root.start(serve_connections, connections, listeners)
+            await root.start(fill_footprints, registry, launcher, devices)
+            await root.start(streams.run)
+            await root.start(notifier.run, registry.facts)
+            plane = DataPlane(
+                registry=registry,
+                events=events,
+                admission=Admission(config.api),
+                max_body_bytes=config.api.max_body_mb * 1024 * 1024,
+            )
+            await root.start(serve_connections, Connections(app=ASGIWrapper(app), plane=plane), sockets)
             registry.enter("ready")
-            announce(config, bound_port(listeners))
-            root.start_soon(stop_on_second_signal, signals, root.cancel_scope, registry, config)
+            announce(config, bound_port(sockets))
+            root.start_soon(stop_on_second_signal, signals, root.cancel_scope, registry, config, streams.audience)
     log.info("stopped")
     return 0
 
@@ -82,7 +113,7 @@ def announce(config: RouterConfig, port: int) -> None:
 
 
 async def stop_on_second_signal(
-    signals: AsyncIterator[int], root: trio.CancelScope, registry: Registry, config: RouterConfig
+    signals: AsyncIterator[int], root: trio.CancelScope, registry: Registry, config: RouterConfig, audience: Audience
 ) -> None:
     """The first signal drains and then stops; another stops at once."""
     async with trio.open_nursery() as nursery:
@@ -92,10 +123,12 @@ async def stop_on_second_signal(
                 root.cancel()
                 return
             log.info("draining", signal=signal.Signals(number).name)
-            nursery.start_soon(drain_and_stop, root, registry, config.system.drain_timeout_sec)
+            nursery.start_soon(drain_and_stop, root, registry, audience, config.system.drain_timeout_sec)
 
 
-async def drain_and_stop(root: trio.CancelScope, registry: Registry, seconds: float) -> None:
+async def drain_and_stop(root: trio.CancelScope, registry: Registry, audience: Audience, seconds: float) -> None:
     """Let what runs finish, then stop."""
     await registry.drain(seconds)
+    with trio.move_on_after(LAST_WORDS_SECONDS):
+        await audience.until_gone()  # they were told that we drain; some may not have got to it yet
     root.cancel()

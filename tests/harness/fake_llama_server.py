@@ -38,6 +38,7 @@ Faults of an answer, as flags (`--fake-stall`) or in a body's `fake` (`"stall": 
   silent_after N             no more tokens after N, and no end
   close_idle S               how long an idle connection is kept (5)
   echo                       answer with what was received: method, path, headers, sha256
+  cached N                   of the 7 tokens of a prompt, so many are said to be cached
   tag TEXT                   goes into the record
 """
 
@@ -244,10 +245,14 @@ class Client:
         return head
 
     def read_exactly(self, count):
-        while len(self.buffer) < count:
-            self.fill()
-        data, self.buffer = self.buffer[:count], self.buffer[count:]
-        return data
+        data = bytearray(self.buffer)
+        while len(data) < count:
+            piece = self.sock.recv(1 << 20)
+            if not piece:
+                raise ClientGone
+            data += piece
+        self.buffer = bytes(data[count:])
+        return bytes(data[:count])
 
 
 class Request:
@@ -552,6 +557,7 @@ class Answer:
         self.seconds = float(faults.get("token_seconds", 0))
         limit = faults.get("tokens", body.get("max_tokens", body.get("n_predict", body.get("max_output_tokens", 4))))
         self.count = int(limit)
+        self.cached = int(faults.get("cached", 0))
 
     def give(self, kind):
         faults, client, server = self.faults, self.client, self.server
@@ -644,13 +650,13 @@ class Answer:
             "completion_tokens": self.count,
             "prompt_tokens": 7,
             "total_tokens": self.count + 7,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
     def timings(self):
         return {
-            "cache_n": 0,
-            "prompt_n": 7,
+            "cache_n": self.cached,
+            "prompt_n": 7 - self.cached,
             "prompt_ms": 7.5,
             "predicted_n": self.count,
             "predicted_ms": 1.5 * self.count,

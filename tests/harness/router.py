@@ -25,7 +25,7 @@ START_SECONDS = 30.0
 STOP_SECONDS = 15.0
 MARK = "TRIO_ROUTER_TEST_RUN"
 """Environment variable that a router's children inherit, by which they are found when they are orphans."""
-KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+KEPT_ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -255,9 +255,20 @@ class RouterProcess:
         """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=10.0)
 
-    def start_raw(self, body: bytes, *, path: str = "/v1/chat/completions", headers: str = "") -> socket.socket:
-        """A connection on which a whole POST was sent and nothing was read: a client to leave with `close`."""
+    def start_raw(
+        self, body: bytes, *, path: str = "/v1/chat/completions", headers: str = "", by_quart: bool = False
+    ) -> socket.socket:
+        """A connection on which a whole POST was sent and nothing was read: a client to leave with `close`.
+
+        `by_quart`: something other than inference was asked on it before, so that the leaner way in has given
+        the connection to Quart.
+        """
         connection = self.connect()
+        if by_quart:
+            connection.sendall(f"HEAD /nowhere HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\n\r\n".encode())
+            seen = b""
+            while b"\r\n\r\n" not in seen:
+                seen += connection.recv(4096) or b"\r\n\r\n"
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nContent-Type: application/json\r\n{headers}"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         return connection

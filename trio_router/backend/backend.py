@@ -1,5 +1,6 @@
 """One incarnation of a model: the llama-server that runs now, and its slots."""
 
+import math
 from pathlib import Path
 
 import attrs
@@ -25,6 +26,7 @@ class Slot:
             return self.connection
         self.disconnect()
         self.connection = await Connection.open(self.backend.address)
+        self.connection.patience_seconds = self.backend.patience_seconds
         return self.connection
 
     def disconnect(self) -> None:
@@ -47,6 +49,8 @@ class Backend:
     context: int | None = None
     """Tokens of one slot, as llama-server said."""
     model_file: Path
+    patience_seconds: float = math.inf
+    """Longest silence in the middle of a request."""
     slots: tuple[Slot, ...] = ()
     lost: str | None = None
     """Why it is gone, once it is."""

@@ -54,27 +54,29 @@ class BackendClient:
             raise NoAnswer(f"{path} answered {answer.status_code}")
         try:
             found = answer.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise NoAnswer(f"{path} answered something that is not JSON") from error
         if not isinstance(found, dict):
             raise NoAnswer(f"{path} answered something that is not a JSON object")
         return found
 
     async def _get(self, path: str) -> httpx.Response:
+        body = bytearray()
         try:
             # a bound on the whole, beside httpx's own on each read: one byte a second would satisfy those
-            with trio.fail_after(TIMEOUT.read or 5.0):
+            with trio.move_on_after(TIMEOUT.read or 5.0) as patience:
                 async with self._http.stream("GET", path) as answer:
-                    body = bytearray()
                     async for piece in answer.aiter_raw():
                         body += piece
                         if len(body) > MAX_ANSWER_BYTES:
-                            raise NoAnswer(f"{path} answered more than {MAX_ANSWER_BYTES} bytes")
-                    return httpx.Response(answer.status_code, headers=_content_type(answer), content=bytes(body))
-        except trio.TooSlowError as error:
-            raise NoAnswer(f"{path} did not answer within {TIMEOUT.read:g} s") from error
-        except httpx.HTTPError as error:
+                            patience.cancel()  # raising here would leave httpx's generators to the garbage collector
+        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed with its incarnation meanwhile
             raise NoAnswer(f"{path}: {type(error).__name__} {error}".rstrip()) from error
+        if len(body) > MAX_ANSWER_BYTES:
+            raise NoAnswer(f"{path} answered more than {MAX_ANSWER_BYTES} bytes")
+        if patience.cancelled_caught:
+            raise NoAnswer(f"{path} did not answer within {TIMEOUT.read:g} s")
+        return httpx.Response(answer.status_code, headers=_content_type(answer), content=bytes(body))
 
 
 def _content_type(answer: httpx.Response) -> dict[str, str]:

@@ -5,9 +5,14 @@ in its connections and does not survive cancellation: httpcore#1093.) The answer
 without its framing; several chunks that arrived together come out together.
 
 *Error handling.* Whatever goes wrong between us and the backend is a `BackendLost`; nothing of sockets or of the
-parser gets out of this module.
+parser gets out of this module. A backend that neither takes nor says anything for `patience_seconds` is one too: not
+by a cancel scope around each read, which would cost as much as the read, but by `expire_silent`, which whoever owns
+the connections calls every now and then.
 """
 
+import errno
+import math
+import os
 import select
 import socket
 import time
@@ -19,7 +24,11 @@ import trio
 from trio_router.backend.address import Address
 
 READ_BYTES = 64 * 1024
+BURST_BYTES = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
+CONNECT_SECONDS = 10.0
+"""A backend whose backlog is full for this long takes no more."""
+CONNECT_RETRY_SECONDS = 0.01
 MAX_IDLE_SECONDS = 4.0
 """llama-server closes a connection that was idle for 5 s (cpp-httplib); a request must not cross that."""
 
@@ -45,12 +54,14 @@ class BackendLost(Exception):
     """Raised when the connection to a backend breaks, or carries something that is not HTTP.
 
     `stale` says that a kept connection was closed under us before one byte of an answer came: llama-server had
-    ended an idle connection, and the request can go out again on a fresh one.
+    ended an idle connection, and the request can go out again on a fresh one. `silent` says that it said nothing for as
+    long as it may.
     """
 
-    def __init__(self, message: str, *, stale: bool = False) -> None:
+    def __init__(self, message: str, *, stale: bool = False, silent: bool = False) -> None:
         super().__init__(message)
         self.stale = stale
+        self.silent = silent
 
 
 @attrs.frozen(kw_only=True)
@@ -69,9 +80,14 @@ class AnswerHead:
 class _Reading:
     """What the parser has told us of the answer at hand."""
 
+    status: int = 0
     headers: Headers = attrs.field(factory=list)
     head_bytes: int = 0
     head_done: bool = False
+    barren_bytes: int = 0
+    """What came since there was last something for the client: a head, trailers or a chunk's name without an end."""
+    keep_alive: bool = False
+    """Whether the connection may carry another request; the parser knows until the answer's end."""
     body: list[bytes] = attrs.field(factory=list)
     done: bool = False
     extra: bool = False
@@ -82,16 +98,22 @@ class _Reading:
         self.parser = httptools.HttpResponseParser(self)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.head_done:  # a trailer, which is no header (RFC 9110 section 6.5.1), or part of something extra
+            return
         self.head_bytes += len(name) + len(value)
         if self.head_bytes > MAX_HEAD_BYTES:
             raise ValueError(f"headers of more than {MAX_HEAD_BYTES} bytes")
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        self.head_done = True
+        if not self.head_done:
+            self.head_done = True
+            self.status = self.parser.get_status_code()
+            self.keep_alive = self.parser.should_keep_alive()
 
     def on_body(self, body: bytes) -> None:
-        self.body.append(body)
+        if not self.extra:
+            self.body.append(body)
 
     def on_message_begin(self) -> None:
         self.extra = self.done
@@ -102,9 +124,14 @@ class _Reading:
 
 @attrs.define(eq=False)
 class Connection:
-    """A connection and the state of the exchange on it."""
+    """A connection and the state of the exchange on it.
 
-    _stream: trio.SocketStream
+    Socket calls are tried first and waited for only if they would block; one that never blocks lets others run after
+    `BURST_BYTES`.
+    """
+
+    _sock: socket.socket
+    """Non-blocking."""
     _reading: _Reading = attrs.field(factory=_Reading)
     _idle_since: float | None = None
     """When the last exchange ended, `time.monotonic`; None while one is under way."""
@@ -112,38 +139,57 @@ class Connection:
     """Whether the exchange at hand is not the first on this connection."""
     _answered: bool = False
     """Whether a byte of the answer at hand has come."""
+    _burst: int = 0
+    patience_seconds: float = math.inf
+    """Longest silence of the backend while we wait for it."""
+    _expires_at: float = math.inf
+    """Trio time at which the wait under way has been long enough; infinite while there is none."""
+    expired: bool = False
     closed: bool = False
 
     @classmethod
     async def open(cls, address: Address) -> "Connection":
         """Connect. Raises BackendLost."""
+        with trio.move_on_after(CONNECT_SECONDS):
+            return await cls._open(address)
+        raise BackendLost(f"no connection to {address} within {CONNECT_SECONDS:g} s")
+
+    @classmethod
+    async def _open(cls, address: Address) -> "Connection":
         family = socket.AF_UNIX if address.path is not None else socket.AF_INET
-        sock = trio.socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            await sock.connect(address.path if address.path is not None else (address.host, address.port))
-            if family == socket.AF_INET:
+            if address.path is not None:
+                # at once, or not at all: a full backlog is EAGAIN, unix(7)
+                while (error := sock.connect_ex(address.path)) == errno.EAGAIN:  # noqa: ASYNC110  (nothing tells)
+                    await trio.sleep(CONNECT_RETRY_SECONDS)
+            else:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            sock.close()
-            raise BackendLost(f"cannot connect to {address}: {error.strerror or error}") from error
+                error = sock.connect_ex((address.host, address.port))
+                if error == errno.EINPROGRESS:
+                    await trio.lowlevel.wait_writable(sock)
+                    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         except BaseException:
             sock.close()
             raise
-        return cls(trio.SocketStream(sock))
+        if error:
+            sock.close()
+            raise BackendLost(f"cannot connect to {address}: {os.strerror(error)}")
+        return cls(sock)
 
     @property
     def reusable(self) -> bool:
         """Whether another request may be sent: the last exchange ended well, not long ago, and nothing came since."""
         if self.closed or self._idle_since is None or time.monotonic() - self._idle_since > MAX_IDLE_SECONDS:
             return False
-        return not _readable_now(self._stream.socket.fileno())
+        return not _readable_now(self._sock.fileno())
 
     @property
     def complete(self) -> bool:
         """Whether the whole answer has been read, and handed out."""
         return self._reading.done and not self._reading.body
 
-    async def send(self, head: bytes, body: bytes) -> None:
+    async def send(self, head: bytes, body: bytes | bytearray) -> None:
         """Send one request, `head` with its empty line included. Raises BackendLost."""
         self._reused = self._idle_since is not None
         self._idle_since = None
@@ -151,28 +197,58 @@ class Connection:
         self._reading = _Reading()
         try:
             if len(body) <= READ_BYTES:
-                await self._stream.send_all(head + body)
+                await self._send(head + body)
             else:
-                await self._stream.send_all(head)
-                await self._stream.send_all(body)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                await self._send(head)
+                await self._send(body)
+        except (OSError, trio.ClosedResourceError) as error:
             self.close()
-            raise BackendLost("the connection broke while the request was sent", stale=self._reused) from error
+            raise self._broke("the connection broke while the request was sent", stale=self._reused) from error
+
+    async def _send(self, data: bytes | bytearray) -> None:
+        rest = memoryview(data)
+        while rest:
+            try:
+                count = self._sock.send(rest[:BURST_BYTES])
+            except BlockingIOError:
+                self._burst = 0
+                self._expires_at = trio.current_time() + self.patience_seconds
+                await trio.lowlevel.wait_writable(self._sock)
+                self._expires_at = math.inf
+            else:
+                rest = rest[count:]
+                await self._pace(count)
+
+    async def _pace(self, count: int) -> None:
+        self._burst += count
+        if self._burst >= BURST_BYTES:
+            self._burst = 0
+            await trio.lowlevel.checkpoint()
+
+    def _broke(self, message: str, *, stale: bool) -> BackendLost:
+        if self.expired:
+            return BackendLost(f"llama-server was silent for {self.patience_seconds:g} s", silent=True)
+        return BackendLost(message, stale=stale)
+
+    def expire_silent(self, now: float) -> None:
+        """Close, if the backend has been silent for longer than it may at trio time `now`."""
+        if self._expires_at < now and not self.closed:
+            self.expired = True
+            self.close()
 
     async def receive_head(self) -> AnswerHead:
         """The answer's status and headers. Raises BackendLost."""
         reading = self._reading
         while not reading.head_done:
             await self._read()
-        status = reading.parser.get_status_code()
-        if status < 200:
+        if reading.status < 200:
             self.close()
-            raise BackendLost(f"answered with status {status}")
+            raise BackendLost(f"answered with status {reading.status}")
         listed = {
             name.strip().lower() for key, value in reading.headers if key == b"connection" for name in value.split(b",")
         }
         kept = [(key, value) for key, value in reading.headers if key not in HOP_BY_HOP and key not in listed]
-        return AnswerHead(status=status, headers=kept)
+        return AnswerHead(status=reading.status, headers=kept)
 
     async def receive(self) -> bytes:
         """The next piece of the body as it came, b"" at its end. Raises BackendLost."""
@@ -189,10 +265,19 @@ class Connection:
     async def _read(self) -> None:
         """Read once and parse what came."""
         try:
-            data = await self._stream.receive_some(READ_BYTES)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            while True:
+                try:
+                    data = self._sock.recv(READ_BYTES)
+                    break
+                except BlockingIOError:
+                    self._burst = 0
+                    self._expires_at = trio.current_time() + self.patience_seconds
+                    await trio.lowlevel.wait_readable(self._sock)
+                    self._expires_at = math.inf
+            await self._pace(len(data))
+        except (OSError, trio.ClosedResourceError) as error:
             self.close()
-            raise BackendLost("the connection broke", stale=self._reused and not self._answered) from error
+            raise self._broke("the connection broke", stale=self._reused and not self._answered) from error
         if not data:
             self.close()
             raise BackendLost(
@@ -209,13 +294,18 @@ class Connection:
                 return
             self.close()
             raise BackendLost(f"answered with something that is not HTTP ({error})") from error
+        reading = self._reading
+        reading.barren_bytes = 0 if reading.body or reading.done else reading.barren_bytes + len(data)
+        if reading.barren_bytes > MAX_HEAD_BYTES:
+            self.close()
+            raise BackendLost(f"answered with headers of more than {MAX_HEAD_BYTES} bytes")
 
     def finish(self) -> None:
         """The exchange is over: keep the connection for the next one if it can carry one, else close it."""
         if self.closed:
             return
         reading = self._reading
-        if self.complete and not reading.extra and reading.parser.should_keep_alive():
+        if self.complete and not reading.extra and reading.keep_alive:
             self._idle_since = time.monotonic()
         else:
             self.close()
@@ -224,7 +314,8 @@ class Connection:
         """Close at once, without waiting; whoever is reading or writing gets a BackendLost."""
         if not self.closed:
             self.closed = True
-            self._stream.socket.close()
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
 
 
 def _readable_now(descriptor: int) -> bool:

@@ -8,6 +8,7 @@ import attrs
 import trio
 
 from trio_router.backend.address import Address
+from trio_router.backend.backend import Backend
 from trio_router.backend.client import BackendClient, NoAnswer
 
 READY_POLL_SECONDS = 0.02
@@ -63,6 +64,20 @@ async def watch(client: BackendClient, health: Health, interval_seconds: float) 
         health.record(trio.current_time() - before, error)
         if health.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             return f"failed {health.consecutive_failures} health checks in a row, the last with: {error}"
+
+
+async def expire_silent(backend: Backend) -> None:
+    """End exchanges whose backend says nothing, until cancelled.
+
+    One look at every connection now and then, in the place of a timer around each read: a silence is noticed late by at
+    most a tenth of what is allowed.
+    """
+    while True:
+        await trio.sleep(min(1.0, backend.patience_seconds / 10))
+        now = trio.current_time()
+        for slot in backend.slots:
+            if slot.connection is not None:
+                slot.connection.expire_silent(now)
 
 
 async def _probe(client: BackendClient) -> str | None:

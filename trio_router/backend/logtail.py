@@ -1,8 +1,10 @@
-"""The last lines a llama-server wrote: what an error says, and what `/logs` shows."""
+"""The last lines a llama-server wrote: what an error says of it."""
 
 from collections import deque
 
 import attrs
+
+from trio_router.telemetry.ring import Ring
 
 MAX_LINE_BYTES = 4096
 MAX_LINES = 200
@@ -18,6 +20,8 @@ class LogTail:
     lines: deque[str] = attrs.field(factory=lambda: deque(maxlen=MAX_LINES))
     written: int = 0
     """Lines seen in all; `written - len(lines)` have been forgotten."""
+    journal: Ring[str] | None = None
+    """Takes every line too: it outlives this one, and can be followed."""
     _partial: bytes = b""
     _overlong: bool = False
 
@@ -42,9 +46,11 @@ class LogTail:
 
     def _keep(self, raw: bytes) -> str:
         text = raw[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
-        line = "".join(c for c in text if c == "\t" or c.isprintable())
+        line = text if text.isprintable() else "".join(c for c in text if c == "\t" or c.isprintable())
         self.lines.append(line)
         self.written += 1
+        if self.journal is not None:
+            self.journal.append(line)
         return line
 
     def last(self, count: int) -> str:

@@ -23,8 +23,9 @@ import trio
 from trio_router.backend.logtail import LogTail
 
 GUARD = (
-    "import ctypes,os,sys\n"
+    "import ctypes,os,sys,_signal as s\n"
     "ctypes.CDLL(None).prctl(1,9)\n"  # PR_SET_PDEATHSIG, SIGKILL: prctl(2)
+    "s.signal(s.SIGPIPE,s.SIG_DFL);s.signal(s.SIGXFSZ,s.SIG_DFL)\n"  # Python ignores these, and exec keeps that
     "os.getppid()==int(sys.argv[1]) or os._exit(125)\n"  # the parent died before prctl
     "try: os.execv(sys.argv[2],sys.argv[2:])\n"
     "except OSError as e: print(f'cannot execute {sys.argv[2]}: {e.strerror}',file=sys.stderr);os._exit(126)\n"

@@ -33,7 +33,7 @@ import trio
 from trio_router.backend.address import Address
 from trio_router.backend.backend import Backend
 from trio_router.backend.client import NoAnswer, backend_client
-from trio_router.backend.health import Health, until_ready, watch
+from trio_router.backend.health import Health, expire_silent, until_ready, watch
 from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.backend.lifecycle import Move, State, after
 from trio_router.backend.logtail import LogTail
@@ -49,12 +49,15 @@ from trio_router.telemetry.events import (
     LoadResult,
     ModelChanged,
 )
+from trio_router.telemetry.ring import Ring
 
 MAX_CRASHES = 5
 """Deaths after readiness, with no request answered between them, that make a model `failed`."""
 BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 30.0
 LAST_WORDS_LINES = 12
+JOURNAL_LINES = 1000
+JOURNAL_BYTES = 256 * 1024
 
 log = structlog.get_logger("trio_router.backend")
 
@@ -77,6 +80,7 @@ class SupervisorSettings:
     """The bounds of router.toml that concern one backend."""
 
     load_timeout_seconds: float
+    request_timeout_seconds: float
     health_interval_seconds: float
     max_load_attempts: int
 
@@ -113,6 +117,8 @@ class Supervisor:
     pid: int | None = None
     tail: LogTail = attrs.field(factory=LogTail)
     """The log of the incarnation at hand, or of the last one."""
+    journal: Ring[str] = attrs.field(factory=lambda: Ring(max_items=JOURNAL_LINES, max_bytes=JOURNAL_BYTES))
+    """The logs of all incarnations, one after the other: what `/logs` shows and follows."""
     health: Health = attrs.field(factory=Health)
     error: str | None = None
     """Why the last incarnation died, or the model is failed."""
@@ -135,6 +141,10 @@ class Supervisor:
     def address(self) -> Address | None:
         """Where the ready incarnation listens."""
         return None if self.backend is None else self.backend.address
+
+    def told_to_stop(self) -> bool:
+        """Whether somebody told it to stop."""
+        return self.state is State.STOPPING
 
     def move(self, move: Move) -> None:
         """Change state by the table, and tell."""
@@ -164,13 +174,17 @@ class Supervisor:
         try:
             while True:
                 await trio.sleep_until(self._not_before)
+                if self.told_to_stop():
+                    return
                 ending = await self._live()
-                if self.state is State.STOPPING:
+                if self.told_to_stop():
                     return
                 self._count(ending)
                 if self.state is State.FAILED:
                     return
                 await trio.sleep_until(self._not_before)
+                if self.told_to_stop():
+                    return
                 self.events.emit(BackendRestarted(alias=self.model.alias))
                 self.move(Move.SPAWN)
         finally:
@@ -226,9 +240,12 @@ class Supervisor:
         try:
             process, address = self.launcher.launch(self.model, self.number, self.incarnation)
         except LaunchFailed as error:
+            self.journal.append(f"--- {error} ---")
             self.events.emit(LoadFinished(alias=self.model.alias, result=LoadResult.FAILED, seconds=0.0))
             return Ending(kind=None, code=0, message=str(error), was_ready=False)
         self.tail, self.pid = process.tail, process.pid
+        self.tail.journal = self.journal
+        self.journal.append(f"--- incarnation {self.incarnation}: llama-server {self.pid} ---")
         return await self._tend(process, address)
 
     async def _tend(self, process: ServerProcess, address: Address) -> Ending:
@@ -248,7 +265,7 @@ class Supervisor:
                             life.cancel_scope.cancel()
 
                         life.start_soon(exit_ends_life)
-                        why = await self._serve(process, address, spawned)
+                        why = await self._serve(life, process, address, spawned)
                         timed_out = self.backend is None
                         life.cancel_scope.cancel()
                 finally:
@@ -262,6 +279,7 @@ class Supervisor:
             was_ready, self.backend = self.ready_at is not None, None
             self.pid = None
             kind = self._tell_exit(exited=exited, unhealthy=why is not None, code=code)
+            self.journal.append(f"--- incarnation {self.incarnation}: {kind.value}, exit status {code} ---")
             if not was_ready:
                 result = LoadResult.TIMEOUT if timed_out else LoadResult.FAILED if exited else LoadResult.CANCELLED
                 seconds = trio.current_time() - spawned
@@ -276,7 +294,7 @@ class Supervisor:
             timed_out=timed_out,
         )
 
-    async def _serve(self, process: ServerProcess, address: Address, spawned: float) -> str:
+    async def _serve(self, life: trio.Nursery, process: ServerProcess, address: Address, spawned: float) -> str:
         """Wait for readiness, open the gate, watch; returns what was wrong. The process's exit cancels this."""
         async with backend_client(address) as client:
             with trio.move_on_after(self.settings.load_timeout_seconds) as loading:
@@ -291,6 +309,7 @@ class Supervisor:
                 tail=process.tail,
                 client=client,
                 model_file=self.model.file,
+                patience_seconds=self.settings.request_timeout_seconds,
             )
             self.backend.open_slots(self.model.slots)
             self.load_seconds = trio.current_time() - spawned
@@ -301,6 +320,7 @@ class Supervisor:
                 self.events.emit(LoadFinished(alias=self.model.alias, result=LoadResult.OK, seconds=self.load_seconds))
                 log.info("ready", model=self.model.alias, seconds=round(self.load_seconds, 3), slots=self.model.slots)
                 self.gate.opened(self.backend)
+            life.start_soon(expire_silent, self.backend)
             await self._learn(self.backend)
             return await watch(client, self.health, self.settings.health_interval_seconds)
 

@@ -58,9 +58,11 @@ async def dispatch(registry: Registry, ticket: Ticket, attempt: Callable[[Slot],
         except BackendLost as error:
             lease.slot.disconnect()
             backend = lease.slot.backend
-            with trio.move_on_after(DEATH_SECONDS):
-                await backend.gone.wait()
-            lease.release()
+            try:
+                with trio.move_on_after(DEATH_SECONDS):
+                    await backend.gone.wait()
+            finally:
+                lease.release()
             died = backend.lost is not None and not backend.unloaded
             deaths = deaths + 1 if died else 0
             verdict = _verdict(registry, ticket, lease, error, deaths=deaths, retries=retries)

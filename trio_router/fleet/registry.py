@@ -2,9 +2,9 @@
 
 Requests read the registry and wait in a model's queue; only `run` changes which models are in memory. It takes
 commands from a mailbox, looks at everything at once (`placement.decide`), and does what that says: it looks
-again at each command, when demand for a model without a backend appears or vanishes, when a model becomes idle
-while another waits for room, when a model has left memory, and when an idle timeout may have passed. A request to
-a ready model touches none of this.
+again at each command, when demand for a model without a backend appears or vanishes, when a model becomes ready,
+when those who waited for one were refused, when a model becomes idle while another waits for room, when a model
+has left memory, and when an idle timeout may have passed. A request to a ready model touches none of this.
 
 *Resource handling.* Every resident model is a task in `run`'s nursery; cancelling `run` cancels them, side by side,
 and each ends its llama-server.
@@ -14,7 +14,7 @@ and each ends its llama-server.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import structlog
@@ -28,9 +28,15 @@ from trio_router.config.schema import ModelConfig, RouterConfig
 from trio_router.errors import BackendUnavailable, RouterError, ShuttingDown, UnknownModel, shown
 from trio_router.fleet.placement import Decision, ModelSnapshot, Retire, Snapshot, Start, decide
 from trio_router.fleet.scheduler import Lease, Priority, Scheduler, Ticket
+from trio_router.memory.devices import DeviceMonitor
+from trio_router.memory.footprint import Footprint
 from trio_router.telemetry.events import Events, LeaseGranted, ServerChanged, Unloaded, UnloadReason
+from trio_router.telemetry.facts import FleetFacts, ModelFacts
 
 log = structlog.get_logger("trio_router.fleet")
+
+_LABELS = tuple(priority.label for priority in Priority)
+_STATES = tuple(state.value for state in State)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -41,6 +47,8 @@ class Model:
     scheduler: Scheduler
     events: Events
     supervisor: Supervisor = attrs.field(init=False)
+    look: Callable[[], None] = attrs.field(default=lambda: None)
+    """Called when a decision about it may be another than before."""
 
     asked: int = 0
     """How many ask for it by name and wait until it is ready."""
@@ -49,8 +57,12 @@ class Model:
     preload: bool = False
     last_used: float = -math.inf
     """Trio time at which it was last ready or idle again."""
-    footprint_bytes: int | None = None
-    """What it is projected to need; None until its file was read."""
+    footprint: Footprint | None = None
+    """What it is projected to need; None until its file was read, or when it cannot be."""
+    footprint_problem: str | None = None
+    """Why it cannot be."""
+    devices: DeviceMonitor | None = None
+    """Says what its llama-server holds, as far as the driver knows."""
     last_used_at: float | None = None
     """The same as Unix time, for people."""
     created: int = attrs.field(factory=lambda: int(time.time()))
@@ -79,6 +91,35 @@ class Model:
     def state(self) -> State:
         """Where it is in its life."""
         return self.supervisor.state
+
+    @property
+    def footprint_bytes(self) -> int | None:
+        """What it is projected to need on devices."""
+        return None if self.footprint is None else self.footprint.device_bytes
+
+    def device_bytes(self) -> dict[int, int]:
+        """What its llama-server holds by device, as the driver says: to be shown, never to decide by."""
+        pid = self.supervisor.pid
+        if pid is None or self.devices is None:
+            return {}
+        held = {device.index: device.processes.get(pid) for device in self.devices.snapshot.devices}
+        return {index: size for index, size in held.items() if size is not None}
+
+    def facts(self) -> ModelFacts:
+        """What a gauge may show."""
+        queue = self.scheduler.statistics()
+        held = self.device_bytes()
+        projected = (self.footprint_bytes or 0) if self.state.resident else 0
+        return ModelFacts(
+            alias=self.alias,
+            state=self.state.value,
+            slots_busy=queue.active,
+            slots_idle=queue.free,
+            waiting=queue.waiting,
+            waiting_by_priority=dict(zip(_LABELS, queue.waiting_by_priority, strict=True)),
+            device_bytes=held,
+            vram_bytes=sum(held.values()) if held else projected,
+        )
 
     def snapshot(self) -> ModelSnapshot:
         """What a decision may know."""
@@ -116,6 +157,7 @@ class Model:
         self.kept = self.preload = False
         self.scheduler.open(backend)
         self.settle()
+        self.look()
 
     def closed(self, backend: Backend) -> None:
         if self.scheduler.backend is backend:
@@ -124,6 +166,7 @@ class Model:
     def refused(self, error: RouterError) -> None:
         self.scheduler.refuse(error)
         self.refuse_askers(error)
+        self.look()
 
     def refuse_askers(self, error: RouterError) -> None:
         """Tell those who asked for it by name `error`; the queue is not concerned."""
@@ -166,12 +209,15 @@ class Registry:
         self._mail, self._inbox = trio.open_memory_channel[_Look | _Eject](math.inf)
 
     @classmethod
-    def of(cls, config: RouterConfig, launcher: Launcher, events: Events) -> "Registry":
+    def of(
+        cls, config: RouterConfig, launcher: Launcher, events: Events, devices: DeviceMonitor | None = None
+    ) -> "Registry":
         """A registry of `config`'s models, all off."""
         models: dict[str, Model] = {}
         registry = cls(config=config, models=models, events=events)
         settings = SupervisorSettings(
             load_timeout_seconds=config.system.load_timeout_sec,
+            request_timeout_seconds=config.system.request_timeout_sec,
             health_interval_seconds=config.system.health_interval_sec,
             max_load_attempts=config.system.max_load_attempts,
         )
@@ -179,7 +225,7 @@ class Registry:
             scheduler = Scheduler(
                 alias=entry.alias, slots=entry.slots, max_waiting=config.system.max_queue_size_per_model
             )
-            model = Model(config=entry, scheduler=scheduler, events=events)
+            model = Model(config=entry, scheduler=scheduler, events=events, look=registry.look, devices=devices)
             model.supervisor = Supervisor(
                 model=entry, number=number, launcher=launcher, settings=settings, gate=model, events=events
             )
@@ -197,6 +243,15 @@ class Registry:
         """The router itself is in another phase now."""
         self.phase, self.updated_at = phase, time.time()
         self.events.emit(ServerChanged(status=phase))
+
+    def facts(self) -> FleetFacts:
+        """What is true now, for gauges: a value that may be handed to a thread."""
+        return FleetFacts(
+            phase=self.phase,
+            started_at=self.started_at,
+            states=_STATES,
+            models=tuple(model.facts() for model in self.models.values()),
+        )
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -253,7 +308,7 @@ class Registry:
         self.look()
         try:
             refusals = model.refusals
-            while not (model.state is State.READY and model.retiring is None):
+            while model.scheduler.backend is None:
                 await model.until_settled()
                 if model.refusals != refusals and model.refusal is not None:
                     raise model.refusal.again()
@@ -398,6 +453,8 @@ class Registry:
         self._cut(model, scope)
 
     def _cut(self, model: Model, scope: trio.CancelScope) -> None:
+        if model.scope is not scope:  # it left by itself while it drained, and may be back already
+            return
         if model.supervisor.backend is not None:
             model.supervisor.backend.lose("it was unloaded", wanted=True)
         scope.cancel()

@@ -104,6 +104,8 @@ class Scheduler:
     """Called when somebody begins or ceases to wait while there is no backend."""
     rest: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when the model becomes idle."""
+    changed: Callable[[], None] = attrs.field(default=lambda: None)
+    """Called when more or fewer wait or hold a lease."""
 
     backend: Backend | None = None
     _free: list[Slot] = attrs.field(factory=list)
@@ -160,6 +162,7 @@ class Scheduler:
         waiter = _Waiter(ticket, offer)
         heapq.heappush(self._heap, (ticket.key, next(self._order), waiter))
         self._waiting[ticket.priority] += 1
+        self.changed()
         self._dispatch()
         if self.backend is None:
             self.demand()
@@ -188,6 +191,7 @@ class Scheduler:
             waiter.gone = True
             self._gone += 1
             self._waiting[waiter.ticket.priority] -= 1
+            self.changed()
             if self._gone > len(self._heap) // 2:
                 self._heap = [entry for entry in self._heap if not entry[2].gone]
                 heapq.heapify(self._heap)
@@ -218,6 +222,7 @@ class Scheduler:
             if not waiter.gone:
                 self._waiting[waiter.ticket.priority] -= 1
                 waiter.offer.send_nowait(error)
+        self.changed()
 
     async def until_no_lease(self) -> None:
         """Return when no lease is out."""
@@ -230,10 +235,12 @@ class Scheduler:
 
     def _grant(self, slot: Slot) -> Lease:
         self.active += 1
+        self.changed()
         return Lease(slot, self, trio.current_time())
 
     def _released(self, lease: Lease) -> None:
         self.active -= 1
+        self.changed()
         if lease.slot.backend is self.backend:
             self._free.append(lease.slot)
             self._dispatch()

@@ -43,12 +43,13 @@ def status(model: Model) -> dict[str, Any]:
     supervisor = model.supervisor
     address = supervisor.address
     queue = model.scheduler.statistics()
+    held = model.device_bytes()
     return {
         "alias": model.alias,
         "status": model.state.value,
         "port": None if address is None else address.port,
         "vram_mb": None if model.footprint_bytes is None else round(model.footprint_bytes / MIB),
-        "vram_used_mb": None,
+        "vram_used_mb": round(sum(held.values()) / MIB) if held else None,
         "load_progress": 100 if model.state is State.READY else None,
         "started_at": timestamp(supervisor.started_at) if model.state.resident else None,
         "last_used_at": timestamp(model.last_used_at),

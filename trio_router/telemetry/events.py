@@ -20,6 +20,11 @@ class Outcome(enum.Enum):
     TIMEOUT = "timeout"
     BACKEND_ERROR = "backend_error"
 
+    @property
+    def timed(self) -> bool:
+        """Whether how long it took says how fast we are: refusals are quick, and a client leaves when it likes."""
+        return self in {Outcome.OK, Outcome.TIMEOUT, Outcome.BACKEND_ERROR}
+
 
 class LoadResult(enum.Enum):
     """How a load ended."""
@@ -126,7 +131,10 @@ class RequestFinished:
     code: str | None
     duration_seconds: float
     queue_seconds: float | None = None
+    """From its arrival to its slot; None when no answer of a backend began."""
     first_byte_seconds: float | None = None
+    first_token_seconds: float | None = None
+    seconds_per_output_token: float | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None

@@ -44,6 +44,8 @@ OPEN_PATHS: Final = frozenset({"/health", "/v1/health", "/livez", "/readyz"})
 
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([^\s:@/\\?#\[\],]+?)\.?)(?::[0-9]*)?")
+"""RFC 9110 section 7.2, for names as they are in use. No user before an `@`, nothing after the port."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 PRIORITIES: Final = {priority.label: priority for priority in Priority}
 
@@ -86,7 +88,7 @@ class Wish:
     stream: bool
 
 
-def read_wish(body: bytes) -> Wish:
+def read_wish(body: bytes | bytearray) -> Wish:
     """Find `model` and `stream`. About 1 µs for a small body, 3 ms for 5 MB. Raises InvalidJSON, MissingModel."""
     try:
         if not body.isascii():
@@ -102,7 +104,7 @@ def read_wish(body: bytes) -> Wish:
         model = msgspec.json.decode(found.model, type=str)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MissingModel(
-            f"`model` is {shown(bytes(found.model[:200]).decode('utf-8', 'replace'))}; it must be a string",
+            f"`model` is {shown(bytes(found.model)[:200].decode('utf-8', 'replace'))}; it must be a string",
             param="model",
         ) from error
     return Wish(model=model, stream=found.stream is not msgspec.UNSET and bytes(found.stream) == b"true")
@@ -134,6 +136,11 @@ class Admission:
     def needs_key(self) -> bool:
         """Whether a key is configured."""
         return self._key_digest is not None
+
+    @property
+    def knows_origins(self) -> bool:
+        """Whether any origin is configured."""
+        return bool(self._api.cors_origins)
 
     def check_host(self, host: str | None) -> None:
         """Raise HostNotAllowed unless `Host` names us: DNS rebinding makes a foreign page's name resolve to us.
@@ -180,11 +187,9 @@ def _bearer(authorization: str | None) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _host_name(host: str) -> str:
-    """`Host` without its port and brackets, lower case."""
-    name = host.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0].rstrip(".")
+    """`Host` without its port and brackets, lower case; empty for what is no host."""
+    match = HOST.fullmatch(host.strip().lower())
+    return "" if match is None else match[1] or match[2]
 
 
 def _is_address(name: str) -> bool:

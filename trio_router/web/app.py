@@ -19,27 +19,28 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
+from trio_router.backend.connection import Headers
 from trio_router.config.schema import RouterConfig
 from trio_router.errors import InternalError, InvalidRequest, MethodNotAllowed, RouterError, UnknownPath, shown
 from trio_router.fleet.registry import Registry
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
-from trio_router.web import models, monitoring
+from trio_router.telemetry.metrics import Metrics
+from trio_router.telemetry.summary import Summary
+from trio_router.web import logs, models, monitoring
 from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
 from trio_router.web.body import read_body
-from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Exchange, InferenceRequest
+from trio_router.web.cors import cors_headers, preflight_headers
+from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Exchange, InferenceRequest, first_values, refusal
 from trio_router.web.relay import Answer
 from trio_router.web.responses import error_response
+from trio_router.web.streams import Streams
+from trio_router.web.streams import add_routes as add_streams
 
 log = structlog.get_logger("trio_router.web")
 
 # Quart 0.23's word for it; 0.22 has none, and never says it
 ClientGone: type[Exception] = getattr(quart.wrappers, "ClientDisconnectedError", trio.BrokenResourceError)
-CORS_HEADERS = (
-    "Authorization, Content-Type, Last-Event-ID, X-Api-Key, X-Request-ID, X-Request-Priority, OpenAI-Organization, "
-    "OpenAI-Project"
-)
-EXPOSED_HEADERS = "X-Request-ID, X-Queue-Time-Ms, Retry-After"
 
 
 class Connection(TrioASGIHTTPConnection):
@@ -81,7 +82,16 @@ class AnswerBody(ResponseBody):
             yield piece
 
 
-def create_app(config: RouterConfig, registry: Registry, devices: DeviceMonitor, events: Events) -> QuartTrio:
+def create_app(
+    config: RouterConfig,
+    registry: Registry,
+    devices: DeviceMonitor,
+    events: Events,
+    *,
+    streams: Streams,
+    metrics: Metrics,
+    summary: Summary,
+) -> QuartTrio:
     """The app of one router."""
     app = QuartTrio("trio_router", static_folder=None)
     app.asgi_http_class = Connection
@@ -91,10 +101,12 @@ def create_app(config: RouterConfig, registry: Registry, devices: DeviceMonitor,
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
     _add_admission(app, config, registry)
-    _add_errors(app)
+    _add_errors(app, events)
     _add_inference(app, registry, events, config.api.max_body_mb * 1024 * 1024)
     models.add_routes(app, registry)
-    monitoring.add_routes(app, registry, devices)
+    monitoring.add_routes(app, registry, devices, metrics, summary)
+    add_streams(app, streams)
+    logs.add_routes(app, registry, streams.audience)
     return app
 
 
@@ -111,39 +123,33 @@ def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry) -> 
         admission.check_host(host)
         admission.check_origin(request.method, host, origin)
         if request.method == "OPTIONS":
-            return _preflight(allowed=origin is not None and admission.origin_allowed(origin))
+            return _with(Response(b"", 204), preflight_headers(admission, origin))
         admission.check_key(request.path, headers.get("Authorization"), headers.get("X-Api-Key"))
         return None
 
     @app.after_request
     async def finish(response: Response) -> Response:
         response.headers["X-Request-ID"] = g.get("request_id") or request_id(None)
-        if config.api.cors_origins:
-            response.headers.add("Vary", "Origin")
-        origin = request.headers.get("Origin")
-        if origin is not None and admission.origin_allowed(origin):
-            response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+        _with(response, cors_headers(admission, request.headers.get("Origin")))
         if registry.draining:
             response.headers["Connection"] = "close"
         return response
 
 
-def _preflight(*, allowed: bool) -> Response:
-    """The answer to a browser that asks whether it may ask."""
-    response = Response(b"", 204)
-    if allowed:
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
-        response.headers["Access-Control-Allow-Headers"] = CORS_HEADERS
-        response.headers["Access-Control-Max-Age"] = "600"
+def _with(response: Response, headers: Headers) -> Response:
+    """`response` with `headers` besides its own."""
+    for name, value in headers:
+        response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
     return response
 
 
-def _add_errors(app: QuartTrio) -> None:
+def _add_errors(app: QuartTrio, events: Events) -> None:
     """Every error as a JSON object."""
 
     @app.errorhandler(RouterError)
     async def router_error(error: RouterError) -> Response:
+        if request.method == "POST" and request.path in INFERENCE_PATHS and "exchange" not in g:
+            events.emit(refusal(request.path, error, g.arrived_at))
         return error_response(error)
 
     @app.errorhandler(HTTPException)
@@ -172,22 +178,23 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_
     """The paths that are answered by a llama-server."""
 
     async def inference() -> Response:
+        headers = cast("Headers", list(request.scope["headers"]))
         incoming = InferenceRequest(
             path=request.path,
             target=_target(request),
-            headers=cast("list[tuple[bytes, bytes]]", list(request.scope["headers"])),
+            headers=headers,
+            fields=first_values(headers),
             body=await read_body(request, max_body_bytes),
             request_id=g.request_id,
             arrived_at=g.arrived_at,
         )
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
+        g.exchange = True  # from here on it is the exchange that tells what became of the request
         answer = await borrowed.enter_async_context(Exchange(registry=registry, events=events, request=incoming))
         response = Response(AnswerBody(answer), answer.status)
         del response.headers["content-type"]
-        for name, value in answer.headers():
-            response.headers.add(name.decode("latin-1"), value.decode("latin-1"))
         response.timeout = None
-        return response
+        return _with(response, answer.headers())
 
     for path in sorted(INFERENCE_PATHS):
         app.add_url_rule(path, f"inference {path}", inference, methods=["POST"])

@@ -4,6 +4,7 @@
 and returns an `Answer` that has begun; leaving it gives the slot back, and tells what became of the request.
 """
 
+from collections.abc import Mapping
 from types import TracebackType
 
 import attrs
@@ -15,6 +16,7 @@ from trio_router.errors import RouterError, TimedOut
 from trio_router.fleet.dispatch import dispatch
 from trio_router.fleet.registry import Registry
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
+from trio_router.telemetry.usage import HEAD_BYTES, NOTHING, Usage, usage_of
 from trio_router.web.admission import check_encoding, priority, read_wish
 from trio_router.web.relay import Answer, Outgoing
 
@@ -32,15 +34,23 @@ class InferenceRequest:
     target: str
     """The path with its query, as the client wrote it."""
     headers: Headers
-    """As they came, without any that the server added."""
-    body: bytes
+    """In the order they came, without any that the server added; names are lower case."""
+    fields: Mapping[bytes, bytes]
+    """The first value of each, by lower-case name."""
+    body: bytes | bytearray
     request_id: str
     arrived_at: float
     """Trio time."""
 
     def header(self, name: bytes) -> str | None:
         """The first value of `name` (lower case)."""
-        return next((value.decode("latin-1") for key, value in self.headers if key.lower() == name), None)
+        value = self.fields.get(name)
+        return None if value is None else value.decode("latin-1")
+
+
+def first_values(headers: Headers) -> dict[bytes, bytes]:
+    """The first value of each header, by lower-case name."""
+    return {name.lower(): value for name, value in reversed(headers)}
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -81,15 +91,13 @@ class Exchange:
         check_encoding(request.header(b"content-encoding"))
         wanted = priority(request.header(b"x-request-priority"))
         wish = read_wish(request.body)
+        self._alias, self._priority = self.registry.model(wish.model).alias, wanted.label
         ticket = self.registry.ticket(wish.model, wanted)
-        self._alias, self._priority = wish.model, wanted.label
-        silence = self.registry.config.system.request_timeout_sec
         outgoing = Outgoing(
             target=request.target,
             headers=request.headers,
             body=request.body,
             request_id=request.request_id,
-            silence_seconds=silence,
         )
         lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
         return Answer(
@@ -97,7 +105,6 @@ class Exchange:
             lease=lease,
             opened=opened,
             queue_seconds=lease.granted_at - request.arrived_at,
-            silence_seconds=silence,
         )
 
     def _tell(self, error: BaseException | None) -> None:
@@ -110,6 +117,8 @@ class Exchange:
             status = error.status if isinstance(error, RouterError) else CLIENT_CLOSED_REQUEST
         outcome = outcome_of(error, status)
         duration = now - self.request.arrived_at
+        first_byte = None if self._first_byte is None else self._first_byte - self.request.arrived_at
+        usage = NOTHING if answer is None else usage_of(answer.opened.first[:HEAD_BYTES], answer.tail)
         self.events.emit(
             RequestFinished(
                 alias=self._alias,
@@ -120,7 +129,12 @@ class Exchange:
                 code=error.code if isinstance(error, RouterError) else None,
                 duration_seconds=duration,
                 queue_seconds=None if answer is None else answer.queue_seconds,
-                first_byte_seconds=None if self._first_byte is None else self._first_byte - self.request.arrived_at,
+                first_byte_seconds=first_byte,
+                first_token_seconds=None if answer is None else first_token_seconds(answer, first_byte, usage),
+                seconds_per_output_token=usage.seconds_per_output_token,
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+                cached_tokens=usage.cached_tokens,
             )
         )
         log.info(
@@ -134,6 +148,30 @@ class Exchange:
             seconds=round(duration, 4),
             incarnation=None if answer is None else answer.lease.slot.backend.incarnation,
         )
+
+
+def refusal(path: str, error: RouterError, arrived_at: float) -> RequestFinished:
+    """What becomes of a request that ends before there is an exchange: its key, its host or its body was no good."""
+    return RequestFinished(
+        alias=None,
+        endpoint=path,
+        priority=None,
+        outcome=outcome_of(error, error.status),
+        status=error.status,
+        code=error.code,
+        duration_seconds=trio.current_time() - arrived_at,
+    )
+
+
+def first_token_seconds(answer: Answer, first_byte_seconds: float | None, usage: Usage) -> float | None:
+    """From a request's arrival to its first token; None for an answer that has none, or does not say.
+
+    A stream's first byte may be a sign of life before it, so llama-server's own time for the prompt counts too.
+    """
+    computed = None if usage.prompt_seconds is None else answer.queue_seconds + usage.prompt_seconds
+    if answer.is_stream and first_byte_seconds is not None:
+        return max(first_byte_seconds, computed or 0.0)
+    return computed
 
 
 def outcome_of(error: BaseException | None, status: int) -> Outcome:

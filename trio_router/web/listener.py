@@ -1,5 +1,8 @@
 """Our sockets, and what happens on each connection.
 
+A connection begins in the data plane, which answers plain inference requests itself. At the first request that is
+anything else it becomes Hypercorn's, with every byte that was read; Quart answers then, inference too.
+
 Hypercorn reads and writes HTTP, but not with `hypercorn.trio.serve`: there one connection's failure ends the
 server (hypercorn#225: an upgrade request with early data does it), and a client that stops reading can be neither
 cancelled nor shut down (its sends are shielded). Here each connection has a boundary of its own, a bound on every
@@ -7,14 +10,17 @@ send, and a socket that can be closed under it.
 
 *Resource handling.* `serve_connections` owns the sockets it listens on and every connection.
 
-*Error handling.* What goes wrong on one connection is logged and ends that connection.
+*Error handling.* What goes wrong on one connection is logged and ends that connection. Out of file descriptors, no
+connection is accepted for `ACCEPT_PAUSE_SECONDS`, and then it is tried again.
 
 *Cancellation.* Closes everything at once, also what is shielded.
 """
 
-import contextlib
+import errno
 import logging
+import socket
 from collections.abc import Sequence
+from typing import Final
 
 import attrs
 import structlog
@@ -24,13 +30,15 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
+from trio_router.web.client_socket import ClientLeft, ClientSocket
+from trio_router.web.dataplane import HEAD_SECONDS, WRITE_STALL_SECONDS, DataPlane
+from trio_router.web.hangup import Hangups
+
 log = structlog.get_logger("trio_router.web")
 
-WRITE_STALL_SECONDS = 60.0
-"""How long a client may take not one byte of what is sent to it."""
-HEAD_SECONDS = 30.0
-"""How long a connection may be idle, or take to send a head: the guard against slow headers."""
-BACKLOG = 1024
+BACKLOG: Final = 1024
+ACCEPT_PAUSE_SECONDS: Final = 0.1
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 def hypercorn_config() -> Config:
@@ -48,9 +56,13 @@ def hypercorn_config() -> Config:
 
 @attrs.define(eq=False)
 class ClientStream(trio.abc.HalfCloseableStream):
-    """A client's socket, whose sends are bounded from within: that works under Hypercorn's shield too."""
+    """A client's socket for Hypercorn. What was read of it already comes first.
+
+    Its sends are bounded from within: that works under Hypercorn's shield too.
+    """
 
     stream: trio.SocketStream
+    read_already: bytes = b""
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -67,7 +79,10 @@ class ClientStream(trio.abc.HalfCloseableStream):
     async def wait_send_all_might_not_block(self) -> None:
         await self.stream.wait_send_all_might_not_block()
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self.read_already:
+            data, self.read_already = self.read_already[:max_bytes], self.read_already[max_bytes:] if max_bytes else b""
+            return data
         return await self.stream.receive_some(max_bytes)
 
     async def send_eof(self) -> None:
@@ -80,23 +95,42 @@ class ClientStream(trio.abc.HalfCloseableStream):
         """Close at once; whoever is sending or receiving is woken with ClosedResourceError."""
         self.stream.socket.close()
 
+    close = abort
 
-@attrs.define(eq=False)
+
+@attrs.define(eq=False, kw_only=True)
 class Connections:
     """Every connection there is."""
 
     app: AppWrapper
+    plane: DataPlane
+    hangups: Hangups = attrs.field(factory=Hangups)
     config: Config = attrs.field(factory=hypercorn_config)
     context: WorkerContext = attrs.field(factory=lambda: WorkerContext(None))
-    open: set[ClientStream] = attrs.field(factory=set)
+    open: set[ClientSocket | ClientStream] = attrs.field(factory=set)
 
-    async def serve(self, stream: trio.SocketStream) -> None:
-        """One connection, from its first byte to its last."""
-        client = ClientStream(stream)
+    async def serve(self, sock: socket.socket) -> None:
+        """One connection, from its first byte to its last. `sock` is non-blocking."""
+        client = ClientSocket(sock, self.hangups)
         self.open.add(client)
         try:
+            rest = await self.plane.serve(client)
+            if rest is not None:
+                await self._give_to_hypercorn(client, rest)
+        except ClientLeft as error:
+            log.debug("client left", reason=str(error))
+        except Exception:
+            log.exception("connection failed")
+        finally:
+            self.open.discard(client)
+            client.close()
+
+    async def _give_to_hypercorn(self, client: ClientSocket, rest: bytes) -> None:
+        stream = ClientStream(trio.SocketStream(trio.socket.from_stdlib_socket(client.give_away())), rest)
+        self.open.add(stream)
+        try:
             # it asks of its stream what ClientStream has
-            await TCPServer(self.app, self.config, self.context, ConnectionState({}), client)  # type: ignore[arg-type]
+            await TCPServer(self.app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
         except* trio.Cancelled:
             raise
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
@@ -104,52 +138,75 @@ class Connections:
         except* Exception as group:  # pgjones/hypercorn#225: whatever it is, it is this connection's
             log.warning("connection failed", exc_info=group)
         finally:
-            self.open.discard(client)
-            client.abort()
+            self.open.discard(stream)
+            stream.abort()
 
-    def abort_all(self) -> None:
+    def close_all(self) -> None:
         """Close every connection under whoever uses it."""
         for client in list(self.open):
-            client.abort()
+            client.close()
 
 
-async def open_listeners(host: str, port: int) -> list[trio.SocketListener]:
-    """Sockets on every address `host` stands for. Raises OSError."""
-    return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+async def open_sockets(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets on every address `host` stands for, all on one port. Raises OSError."""
+    found = await trio.socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            chosen = bound_port(sockets) if port == 0 and len(sockets) > 1 else port
+            sock.bind((address[0], chosen, *address[2:]))
+            sock.listen(BACKLOG)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
 
 
-def bound_port(listeners: Sequence[trio.SocketListener]) -> int:
+def bound_port(sockets: Sequence[socket.socket]) -> int:
     """The port that was given to us."""
-    port: int = listeners[0].socket.getsockname()[1]
+    port: int = sockets[0].getsockname()[1]
     return port
 
 
 async def serve_connections(
     connections: Connections,
-    listeners: list[trio.SocketListener],
+    sockets: Sequence[socket.socket],
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Accept until cancelled."""
-    async with contextlib.AsyncExitStack() as stack:
-        for listener in listeners:
-            stack.push_async_callback(listener.aclose)
+    """Accept on `sockets`, which are ours from now on, until cancelled."""
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(connections.hangups.run)
+            for sock in sockets:
+                nursery.start_soon(_accept, nursery, connections, sock)
+            task_status.started()
+    finally:
+        for sock in sockets:
+            sock.close()
+        connections.close_all()
+
+
+async def _accept(nursery: trio.Nursery, connections: Connections, listening: socket.socket) -> None:
+    while True:
         try:
-            async with trio.open_nursery() as nursery:
-                for listener in listeners:
-                    await nursery.start(_accept, nursery, connections, listener)
-                task_status.started()
-        finally:
-            connections.abort_all()
-
-
-async def _accept(
-    nursery: trio.Nursery,
-    connections: Connections,
-    listener: trio.SocketListener,
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    task_status.started()
-    # out of descriptors, trio waits 0.1 s and goes on accepting (trio/_highlevel_serve_listeners.py)
-    await trio.serve_listeners(connections.serve, [listener], handler_nursery=nursery)
+            sock, _ = listening.accept()
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(listening)
+        except OSError as error:
+            if error.errno in OUT_OF_RESOURCES:
+                log.error("cannot accept", error=str(error), open=len(connections.open))  # noqa: TRY400
+                await trio.sleep(ACCEPT_PAUSE_SECONDS)
+            # anything else is the fate of one connection that ended before we took it, accept(2)
+        else:
+            sock.setblocking(False)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            nursery.start_soon(connections.serve, sock)
+            await trio.lowlevel.checkpoint()

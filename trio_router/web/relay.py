@@ -4,7 +4,6 @@ import json
 from typing import Final
 
 import attrs
-import trio
 
 from trio_router.backend.backend import Slot
 from trio_router.backend.connection import HOP_BY_HOP, AnswerHead, BackendLost, Connection, Headers
@@ -20,6 +19,7 @@ NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"host",
     b"origin",  # checked already; llama-server would answer with CORS headers of its own
     b"x-api-key",
+    b"x-request-id",  # sent once, as we name the request
     b"x-request-priority",
 }
 NOT_RETURNED: Final = frozenset({b"date", b"server"})
@@ -34,18 +34,13 @@ EVENT_STREAM: Final = b"text/event-stream"
 
 def request_head(target: str, headers: Headers, length: int, *, request_id: str, key: str | None) -> bytes:
     """The head of a request for a llama-server. `target` is the path with its query, as the client wrote it."""
-    listed = {
-        name.strip().lower()
-        for header, value in headers
-        if header.lower() == b"connection"
-        for name in value.split(b",")
-    }
+    left_out = NOT_FORWARDED
+    if any(name == b"connection" and value.lower() not in {b"keep-alive", b"close"} for name, value in headers):
+        left_out = left_out | {
+            listed.strip().lower() for name, value in headers if name == b"connection" for listed in value.split(b",")
+        }
     lines = [b"POST " + target.encode("ascii") + b" HTTP/1.1", b"Host: llama-server"]
-    lines += [
-        name + b": " + value
-        for name, value in headers
-        if (lower := name.lower()) not in NOT_FORWARDED and lower not in listed and lower != b"x-request-id"
-    ]
+    lines += [name + b": " + value for name, value in headers if name not in left_out]
     lines.append(b"X-Request-ID: " + request_id.encode("ascii"))
     if key is not None:
         lines.append(b"Authorization: Bearer " + key.encode("ascii"))
@@ -68,10 +63,8 @@ class Outgoing:
 
     target: str
     headers: Headers
-    body: bytes
+    body: bytes | bytearray
     request_id: str
-    silence_seconds: float
-    """Longest silence of the backend."""
 
     async def attempt(self, slot: Slot) -> Opened:
         """Send the request on `slot`'s connection and wait for the first bytes of the answer's body.
@@ -81,35 +74,20 @@ class Outgoing:
         """
         key = slot.backend.address.key
         head = request_head(self.target, self.headers, len(self.body), request_id=self.request_id, key=key)
-        with self._patience() as patience:
+        try:
             connection = await slot.connect()
             await connection.send(head, self.body)
-        self._check(patience)
-        with self._patience() as patience:
             answer = await connection.receive_head()
-        self._check(patience)
-        length = answer.get(b"content-length")
-        whole = length is not None and length.isdigit() and int(length) <= WHOLE_BYTES
-        pieces: list[bytes] = []
-        while True:
-            with self._patience() as patience:
-                piece = await connection.receive()
-            self._check(patience)
-            pieces.append(piece)
-            if not piece or not whole:
-                return Opened(connection=connection, head=answer, first=b"".join(pieces))
-
-    def _patience(self) -> trio.CancelScope:
-        return trio.move_on_after(self.silence_seconds)
-
-    def _check(self, patience: trio.CancelScope) -> None:
-        if patience.cancelled_caught:
-            raise silent(self.silence_seconds)
-
-
-def silent(seconds: float) -> BackendTimeout:
-    """What a client is told after `seconds` without a byte from its backend."""
-    return BackendTimeout(f"llama-server was silent for {seconds:g} s")
+            length = answer.get(b"content-length")
+            first = await connection.receive()
+            if length is not None and length.isdigit() and int(length) <= WHOLE_BYTES:
+                while not connection.complete:
+                    first += await connection.receive()
+        except BackendLost as lost:
+            if lost.silent:
+                raise BackendTimeout(f"model {slot.backend.alias!r}: {lost}", param="model") from lost
+            raise
+        return Opened(connection=connection, head=answer, first=first)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -120,7 +98,6 @@ class Answer:
     lease: Lease
     opened: Opened
     queue_seconds: float
-    silence_seconds: float
     error: RouterError | None = None
     """What ended it before its time, if something did."""
     tail: bytes = b""
@@ -169,16 +146,9 @@ class Answer:
         if self._over:
             return b""
         try:
-            with trio.move_on_after(self.silence_seconds) as patience:
-                piece = await self.opened.connection.receive()
-            if patience.cancelled_caught:
-                raise silent(self.silence_seconds)
+            piece = await self.opened.connection.receive()
         except BackendLost as lost:
-            backend = self.lease.slot.backend
-            why = f"the llama-server of model {backend.alias!r} was lost in the middle of an answer"
-            self.error = BackendUnavailable(f"{why}: {backend.lost or lost}", param="model")
-        except BackendTimeout as timeout:
-            self.error = timeout
+            self.error = self._lost(lost)
         else:
             self._over = not piece
             return self._passed(piece)
@@ -186,6 +156,13 @@ class Answer:
         if not self.is_stream:
             raise self.error
         return self._passed(error_event(self.endpoint, self.error, cut=not self.tail.endswith(b"\n\n")))
+
+    def _lost(self, lost: BackendLost) -> RouterError:
+        backend = self.lease.slot.backend
+        if lost.silent:
+            return BackendTimeout(f"model {backend.alias!r}: {lost}", param="model")
+        why = f"the llama-server of model {backend.alias!r} was lost in the middle of an answer"
+        return BackendUnavailable(f"{why}: {backend.lost or lost}", param="model")
 
     def _passed(self, piece: bytes) -> bytes:
         if piece:

@@ -1,0 +1,123 @@
+"""A client's socket, as the data plane uses it: tried first, waited for only if it would block.
+
+A call that succeeds at once costs one system call and no switch of tasks. Whoever finds its socket always ready
+would then keep the thread to itself: after `BURST_BYTES` without a wait there is a checkpoint, so that others get
+their turn.
+"""
+
+import socket
+from collections.abc import Awaitable, Callable
+
+import attrs
+import trio
+
+from trio_router.web.hangup import Hangups
+
+READ_BYTES = 64 * 1024
+BURST_BYTES = 256 * 1024
+
+
+class ClientLeft(Exception):
+    """Raised when the client closed, broke, or stalled the connection."""
+
+
+@attrs.define(eq=False)
+class ClientSocket:
+    """One client. `received` holds what came and was not used yet."""
+
+    sock: socket.socket
+    hangups: Hangups
+    received: bytearray = attrs.field(factory=bytearray)
+    gone: bool = False
+    """The client hung up."""
+    scope: trio.CancelScope | None = None
+    """What to cancel when it does."""
+    _burst: int = 0
+    _closed: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self.hangups.watch(self.sock, self._hung_up)
+
+    def _hung_up(self) -> None:
+        self.gone = True
+        if self.scope is not None:
+            self.scope.cancel()
+
+    async def receive(self, limit: int = READ_BYTES) -> bytes:
+        """What has come, up to `limit` bytes; b"" at the end of the stream. Raises ClientLeft."""
+        while True:
+            try:
+                data = self.sock.recv(limit)
+            except BlockingIOError:
+                self._burst = 0
+                await self._wait(trio.lowlevel.wait_readable)
+            except OSError as error:
+                raise ClientLeft(str(error)) from error
+            else:
+                await self._pace(len(data))
+                return data
+
+    async def receive_into(self, view: memoryview) -> None:
+        """Fill `view`. Raises ClientLeft if the stream ends before."""
+        filled = 0
+        while filled < len(view):
+            try:
+                count = self.sock.recv_into(view[filled : filled + BURST_BYTES])
+            except BlockingIOError:
+                self._burst = 0
+                await self._wait(trio.lowlevel.wait_readable)
+                continue
+            except OSError as error:
+                raise ClientLeft(str(error)) from error
+            if not count:
+                raise ClientLeft("the stream ended in the middle of a body")
+            filled += count
+            await self._pace(count)
+
+    async def send(self, data: bytes | bytearray, stall_seconds: float) -> None:
+        """Send all of `data`. Raises ClientLeft, also when not one byte is taken for `stall_seconds`."""
+        sent = 0
+        rest: memoryview | bytes | bytearray = data
+        while True:
+            try:
+                count = self.sock.send(rest)
+            except BlockingIOError:
+                self._burst = 0
+                with trio.move_on_after(stall_seconds) as stall:
+                    await self._wait(trio.lowlevel.wait_writable)
+                if stall.cancelled_caught:
+                    raise ClientLeft("the client reads nothing") from None
+                continue
+            except OSError as error:
+                raise ClientLeft(str(error)) from error
+            sent += count
+            await self._pace(count)
+            if sent == len(data):
+                return
+            rest = memoryview(data)[sent:]
+
+    async def _wait(self, until: Callable[[socket.socket], Awaitable[None]]) -> None:
+        try:
+            await until(self.sock)
+        except trio.ClosedResourceError as error:
+            raise ClientLeft("closed by us") from error
+
+    async def _pace(self, count: int) -> None:
+        self._burst += count
+        if self._burst >= BURST_BYTES:
+            self._burst = 0
+            await trio.lowlevel.checkpoint()
+
+    def give_away(self) -> socket.socket:
+        """The socket, no longer ours."""
+        self.hangups.forget(self.sock)
+        self._closed = True
+        return self.sock
+
+    def close(self) -> None:
+        """Close at once; whoever waits on it gets ClientLeft."""
+        if not self._closed:
+            self._closed = True
+            self.hangups.forget(self.sock)
+            trio.lowlevel.notify_closing(self.sock)
+            self.sock.close()

@@ -1,0 +1,85 @@
+"""Which requests the data plane takes: those whose head it understands to the last byte.
+
+One expression describes every head that is taken; whatever it does not match goes to Hypercorn, whose parser (h11)
+answers or refuses it. So there are no two opinions on an odd head (folded lines, bare line feeds, blanks before a
+colon, two lengths, a length beside chunks: what request smuggling is made of): the strict one here is a subset of
+what h11 accepts, and a test holds the two against each other.
+"""
+
+import re
+from typing import Final
+
+import attrs
+
+from trio_router.backend.connection import Headers
+from trio_router.web.admission import INFERENCE_PATHS
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+END: Final = b"\r\n\r\n"
+
+_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?[ \t]*\r\n"
+_HEAD: Final = re.compile(rb"POST (/[!-\"$-~]*) HTTP/1\.1\r\n((?:" + _LINE + rb")+)\r\n")
+_LENGTH: Final = re.compile(rb"[0-9]{1,15}")
+_ODD: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"te", b"trailer", b"http2-settings"})
+"""Headers that ask for more than the plain case: Hypercorn knows them."""
+_ONCE: Final = frozenset({b"host", b"content-length", b"connection"})
+
+
+@attrs.frozen(kw_only=True)
+class Head:
+    """The head of a plain inference request."""
+
+    path: str
+    target: str
+    """The path with its query, as it came."""
+    headers: Headers
+    """In the order they came; names are lower case."""
+    fields: dict[bytes, bytes]
+    """First value of each, by lower-case name."""
+    length: int
+    """Of the body, bytes."""
+    close: bool
+    """Whether the client wants the connection closed afterwards."""
+
+    def get(self, name: bytes) -> str | None:
+        """The first value of `name` (lower case)."""
+        value = self.fields.get(name)
+        return None if value is None else value.decode("latin-1")
+
+
+def read_head(raw: bytes) -> Head | None:
+    """The head in `raw`, which ends with its empty line; None: not one for the data plane."""
+    match = _HEAD.fullmatch(raw)
+    if match is None:
+        return None
+    target = match[1].decode("ascii")
+    path = target.partition("?")[0]
+    if path not in INFERENCE_PATHS:
+        return None
+    headers: Headers = []
+    fields: dict[bytes, bytes] = {}
+    for line in match[2].split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        name, value = name.lower(), value.strip(b" \t")
+        headers.append((name, value))
+        if name not in fields:
+            fields[name] = value
+        elif name in _ONCE:
+            return None
+    length, connection = fields.get(b"content-length"), fields.get(b"connection", b"").lower()
+    if (
+        length is None
+        or not _LENGTH.fullmatch(length)
+        or b"host" not in fields
+        or not _ODD.isdisjoint(fields)
+        or connection not in {b"", b"keep-alive", b"close"}
+    ):
+        return None
+    return Head(
+        path=path,
+        target=target,
+        headers=headers,
+        fields=fields,
+        length=int(length),
+        close=connection == b"close",
+    )
