@@ -1,0 +1,179 @@
+"""How the router ends, and that nothing of it stays."""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.conftest import StartRouter
+from tests.harness.processes import wait_until
+from tests.harness.record import Record
+from tests.harness.router import chat_body
+
+pytestmark = pytest.mark.process
+
+
+def test_idle_it_stops_at_once(start_router: StartRouter) -> None:
+    router = start_router(models={"a": [], "b": [], "c": []})
+    for alias in "abc":
+        router.chat(alias)
+    with router.connect():  # an idle client does not hold it up
+        began = time.monotonic()
+        router.terminate()
+        assert router.wait() == 0
+        assert time.monotonic() - began < 2
+    assert router.children() == set()
+
+
+def test_sigint_is_the_same(start_router: StartRouter) -> None:
+    router = start_router(qwen=[])
+    router.chat("qwen")
+    router.interrupt()
+    assert router.wait() == 0
+    assert router.children() == set()
+
+
+def test_drain(start_router: StartRouter, record: Record) -> None:
+    """What runs finishes, what waits is refused, what comes is refused, and then it ends with 0."""
+    gate = record.path.with_name("gate")
+    router = start_router(qwen=record.flags)
+    text = []
+
+    def read_stream() -> None:
+        body = chat_body("qwen", stream=True, fake={"hold_until": str(gate), "tokens": 5, "token_seconds": 0.05})
+        text.append(router.post("/v1/chat/completions", body).text)
+
+    reader = threading.Thread(target=read_stream)
+    reader.start()
+    record.wait_for("started")
+    queued = router.in_background("qwen", fake={"tag": "queued"})
+    router.wait_for_status("qwen", queued=1)
+    router.terminate()
+    answer = queued.answer()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+    assert int(answer.headers["retry-after"]) >= 1
+    with contextlib.suppress(httpx.ConnectError):  # refusing the connection is as clear
+        late = router.chat("qwen")
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+        health = router.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "degraded")
+    gate.touch()
+    reader.join(10)
+    assert text[0].endswith("data: [DONE]\n\n")
+    assert router.wait() == 0
+    assert router.children() == set()
+    assert "queued" not in record.tags("received")
+
+
+def test_drain_is_bounded(start_router: StartRouter, record: Record) -> None:
+    router = start_router(qwen=record.flags, system={"drain_timeout_sec": 0.5})
+    running = router.in_background("qwen", fake={"stall": True})
+    record.wait_for("started")
+    began = time.monotonic()
+    router.terminate()
+    assert router.wait() == 0
+    assert 0.4 < time.monotonic() - began < 4
+    with contextlib.suppress(httpx.HTTPError):
+        assert running.answer().status_code == 503
+    assert router.children() == set()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_cuts(start_router: StartRouter, record: Record, second: signal.Signals) -> None:
+    router = start_router(qwen=record.flags)
+    running = router.in_background("qwen", fake={"stall": True})
+    record.wait_for("started")
+    router.terminate()
+    wait_until(lambda: router.get("/v1/models/status").json()["server"]["status"] == "draining")
+    began = time.monotonic()
+    router.process.send_signal(second)
+    router.wait(5)
+    assert time.monotonic() - began < 4
+    assert router.children() == set()
+    with contextlib.suppress(httpx.HTTPError):
+        assert running.answer().status_code >= 500
+
+
+def test_while_loading(start_router: StartRouter, record: Record) -> None:
+    router = start_router(qwen=["--fake-never-ready", *record.flags])
+    waiting = router.in_background("qwen")
+    record.wait_for("spawned")
+    began = time.monotonic()
+    router.terminate()
+    assert router.wait() == 0
+    assert time.monotonic() - began < 4
+    answer = waiting.answer()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+    assert router.children() == set()
+
+
+def test_during_a_backoff(start_router: StartRouter, record: Record) -> None:
+    router = start_router(qwen=["--fake-exit-at-start", "1", *record.flags], system={"max_load_attempts": 50})
+    waiting = router.in_background("qwen")
+    record.wait_for("spawned", 2)
+    router.terminate()
+    assert router.wait(5) == 0
+    assert waiting.answer().json()["error"]["code"] == "shutting_down"
+
+
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_a_stalled_reader_does_not_delay_it(start_router: StartRouter, record: Record, *, by_quart: bool) -> None:
+    """Hypercorn shields its sends: such a client could not be cancelled."""
+    router = start_router(qwen=record.flags, system={"drain_timeout_sec": 0.5})
+    body = json.dumps(chat_body("qwen", stream=True, fake={"tokens": 1000, "chunk_bytes": 200_000})).encode()
+    with router.start_raw(body, by_quart=by_quart) as connection:
+        assert b"200" in connection.recv(100)
+        record.wait_for("started")
+        time.sleep(0.3)  # every buffer between is full by now
+        began = time.monotonic()
+        router.terminate()
+        assert router.wait() == 0
+        assert time.monotonic() - began < 4
+    assert router.children() == set()
+
+
+def test_a_stalled_reader_keeps_nobody_else_waiting(start_router: StartRouter) -> None:
+    router = start_router(qwen=["-np", "2"])
+    body = json.dumps(chat_body("qwen", stream=True, fake={"tokens": 1000, "chunk_bytes": 200_000})).encode()
+    with router.start_raw(body) as connection:
+        assert b"200" in connection.recv(100)
+        for _ in range(5):
+            assert router.chat("qwen", timeout=5).status_code == 200
+    router.wait_for_status("qwen", active=0)
+
+
+def test_stubborn_children(start_router: StartRouter) -> None:
+    flags = ["--fake-ignore-sigterm", "--fake-fork-child"]
+    router = start_router(models={"a": flags, "b": flags, "c": flags})
+    for alias in "abc":
+        router.chat(alias)
+    began = time.monotonic()
+    router.terminate()
+    assert router.wait() == 0
+    assert time.monotonic() - began < 5  # side by side, not one after the other
+    assert router.children() == set()
+
+
+@pytest.mark.parametrize("flags", [[], ["--fake-never-ready"], ["--fake-ignore-sigterm"]], ids=str)
+def test_kill_9_of_the_router(start_router: StartRouter, record: Record, flags: list[str]) -> None:
+    router = start_router(a=[*flags, *record.flags], b=record.flags)
+    router.chat("b")
+    router.in_background("a", fake={"stall": True})
+    record.wait_for("spawned" if "--fake-never-ready" in flags else "started", alias="a")
+    assert len(router.servers()) == 2
+    router.kill()
+    router.wait()
+    wait_until(lambda: not router.children(), timeout_seconds=2.0)
+
+
+def test_a_child_outlives_trios_thread_cache(start_router: StartRouter) -> None:
+    """A child bound to a worker thread that trio retires would die 10 s after its start."""
+    router = start_router(qwen=[])
+    router.chat("qwen")
+    (pid,) = router.servers()
+    time.sleep(11)
+    assert router.servers() == {pid: "qwen"}
