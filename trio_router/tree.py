@@ -20,7 +20,7 @@ Then the root is cancelled, connections are closed, and the supervisors end thei
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 import structlog
@@ -44,12 +44,12 @@ from trio_router.telemetry.summary import Summary
 from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
+from trio_router.web.in_flight import InFlight
 from trio_router.web.listener import Connections, bound_port, open_sockets, serve_connections
-from trio_router.web.sse import Audience
 from trio_router.web.streams import Streams
 
 LAST_WORDS_SECONDS = 0.5
-"""How long the end waits for streams that their clients do not read."""
+"""How long the end waits for refusals to be written, and for streams that their clients do not read."""
 
 log = structlog.get_logger("trio_router")
 
@@ -99,7 +99,10 @@ async def serve(config: RouterConfig, launcher: Launcher) -> int:
             await root.start(serve_connections, Connections(app=ASGIWrapper(app), plane=plane), sockets)
             registry.enter("ready")
             announce(config, bound_port(sockets))
-            root.start_soon(stop_on_second_signal, signals, root.cancel_scope, registry, config, streams.audience)
+            stop = partial(
+                drain_and_stop, root.cancel_scope, registry, plane.in_flight, config.system.drain_timeout_sec
+            )
+            root.start_soon(stop_on_signals, signals, root.cancel_scope, registry, stop)
     log.info("stopped")
     return 0
 
@@ -112,8 +115,8 @@ def announce(config: RouterConfig, port: int) -> None:
     print(f"trio-router listens on http://{host}:{port}", flush=True)  # noqa: T201
 
 
-async def stop_on_second_signal(
-    signals: AsyncIterator[int], root: trio.CancelScope, registry: Registry, config: RouterConfig, audience: Audience
+async def stop_on_signals(
+    signals: AsyncIterator[int], root: trio.CancelScope, registry: Registry, stop: Callable[[], Awaitable[None]]
 ) -> None:
     """The first signal drains and then stops; another stops at once."""
     async with trio.open_nursery() as nursery:
@@ -123,12 +126,12 @@ async def stop_on_second_signal(
                 root.cancel()
                 return
             log.info("draining", signal=signal.Signals(number).name)
-            nursery.start_soon(drain_and_stop, root, registry, audience, config.system.drain_timeout_sec)
+            nursery.start_soon(stop)
 
 
-async def drain_and_stop(root: trio.CancelScope, registry: Registry, audience: Audience, seconds: float) -> None:
+async def drain_and_stop(root: trio.CancelScope, registry: Registry, in_flight: InFlight, seconds: float) -> None:
     """Let what runs finish, then stop."""
     await registry.drain(seconds)
     with trio.move_on_after(LAST_WORDS_SECONDS):
-        await audience.until_gone()  # they were told that we drain; some may not have got to it yet
+        await in_flight.until_none()  # they were told that we drain; some may not have written or read it yet
     root.cancel()

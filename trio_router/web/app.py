@@ -4,15 +4,17 @@ It is one of two ways in. What a route decides it asks of the rooms behind; here
 and put into a response.
 """
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Self, cast
+from urllib.parse import unquote
 
 import quart.wrappers
 import structlog
 import trio
-from hypercorn.typing import ASGISendCallable
-from quart import Request, Response, g, request
+from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent, HTTPScope
+from quart import Quart, Request, Response, g, request
 from quart.wrappers.response import ResponseBody
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -39,6 +41,8 @@ from trio_router.web.streams import add_routes as add_streams
 
 log = structlog.get_logger("trio_router.web")
 
+ABSOLUTE = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://[^/]*")
+
 # Quart 0.23's word for it; 0.22 has none, and never says it
 ClientGone: type[Exception] = getattr(quart.wrappers, "ClientDisconnectedError", trio.BrokenResourceError)
 
@@ -48,7 +52,29 @@ class Connection(TrioASGIHTTPConnection):
 
     Not in the handler: a client may leave after the handler returned and before the body's iterator was entered,
     and then nothing of the iterator ever runs.
+
+    Hypercorn tells of a disconnect also when an answer is complete, and the task it tells is the one in which it
+    then restarts the connection's idle timeout: cancelled there, the connection would be kept for ever.
     """
+
+    def __init__(self, app: Quart, scope: HTTPScope) -> None:
+        path = origin_form(scope["raw_path"])
+        super().__init__(app, {**scope, "raw_path": path, "path": unquote(path.decode("ascii"))})
+        self._ending = False
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        async def noting(message: ASGISendEvent) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                self._ending = True
+            await send(message)
+
+        async def unless_ending() -> ASGIReceiveEvent:
+            message = await receive()
+            if message["type"] == "http.disconnect" and self._ending:
+                await trio.sleep_forever()  # until `handle_request` is through
+            return message
+
+        await super().__call__(unless_ending, noting)
 
     async def handle_request(  # type: ignore[override]  # as quart_trio's own differs from quart's
         self, nursery: trio.Nursery, request: Request, send: ASGISendCallable
@@ -120,6 +146,8 @@ def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry) -> 
         headers = request.headers
         g.request_id = request_id(headers.get("X-Request-ID"))
         host, origin = headers.get("Host"), headers.get("Origin")
+        if not host and request.http_version == "1.0":  # Quart makes one up
+            host = None
         admission.check_host(host)
         admission.check_origin(request.method, host, origin)
         if request.method == "OPTIONS":
@@ -200,9 +228,16 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_
         app.add_url_rule(path, f"inference {path}", inference, methods=["POST"])
 
 
+def origin_form(path: bytes) -> bytes:
+    """The path alone, of a target that may name scheme and host before it (RFC 9112 section 3.2.2), or be none."""
+    match = ABSOLUTE.match(path)
+    if match is not None:
+        path = path[match.end() :]
+    return path if path.startswith(b"/") else b"/" + path
+
+
 def _target(incoming: Request) -> str:
     """The path and query as the client wrote them."""
     scope = incoming.scope
-    raw = scope.get("raw_path") or incoming.path.encode()
-    query = scope["query_string"]
+    raw, query = scope["raw_path"], scope["query_string"]
     return (raw + b"?" + query if query else raw).decode("ascii", "backslashreplace")

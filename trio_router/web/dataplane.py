@@ -11,6 +11,7 @@ body, anything `web.head` does not match) is handed to Hypercorn with every byte
 """
 
 import json
+import re
 import socket
 from typing import Final
 
@@ -19,13 +20,14 @@ import structlog
 import trio
 
 from trio_router.backend.connection import Headers
-from trio_router.errors import BodyTooLarge, InternalError, RequestTimeout, RouterError
+from trio_router.errors import BodyTooLarge, InternalError, InvalidRequest, RequestTimeout, RouterError
 from trio_router.fleet.registry import Registry
 from trio_router.telemetry.events import Events
 from trio_router.web.admission import Admission, request_id
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.cors import cors_headers
 from trio_router.web.head import END, MAX_HEAD_BYTES, Head, read_head
+from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Exchange, InferenceRequest, refusal
 from trio_router.web.relay import Answer
 
@@ -39,6 +41,7 @@ BODY_BYTES_PER_SECOND: Final = 16 * 1024
 WRITE_STALL_SECONDS: Final = 60.0
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
+WEBSOCKET: Final = re.compile(rb"(?i)\r\nupgrade[ \t]*:[^\r\n]*\bwebsocket\b")
 REASONS: Final = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found"}
 
 
@@ -54,6 +57,7 @@ class DataPlane:
     events: Events
     admission: Admission
     max_body_bytes: int
+    in_flight: InFlight = attrs.field(factory=InFlight)
 
     async def serve(self, client: ClientSocket) -> bytes | None:
         """Answer request after request; returns None when the connection is over.
@@ -66,9 +70,20 @@ class DataPlane:
                 return None
             head = read_head(raw)
             if head is None:
-                return bytes(raw + client.received)
-            if not await self._answer(client, head):
+                if not WEBSOCKET.search(raw):
+                    return bytes(raw + client.received)
+                await self._refuse_websocket(client)
                 return None
+            with self.in_flight:
+                more = await self._answer(client, head)
+            if not more:
+                return None
+
+    async def _refuse_websocket(self, client: ClientSocket) -> None:
+        """We speak no WebSocket, and Hypercorn falls over one whose first frames come with its head (hypercorn#225)."""
+        error = InvalidRequest("WebSockets are not spoken here; streams are server-sent events", param="Upgrade")
+        await self._send_error(client, error, [(b"x-request-id", request_id(None).encode("ascii"))], close=True)
+        await self._linger(client)
 
     async def _read_raw_head(self, client: ClientSocket) -> bytes | None:
         """The next head with its empty line, or whatever came that cannot become one; None: the client is done."""

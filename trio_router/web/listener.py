@@ -16,13 +16,15 @@ connection is accepted for `ACCEPT_PAUSE_SECONDS`, and then it is tried again.
 *Cancellation.* Closes everything at once, also what is shielded.
 """
 
+import contextlib
 import errno
 import logging
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import attrs
+import h11
 import structlog
 import trio
 from hypercorn.config import Config
@@ -33,6 +35,7 @@ from hypercorn.typing import AppWrapper, ConnectionState
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.dataplane import HEAD_SECONDS, WRITE_STALL_SECONDS, DataPlane
 from trio_router.web.hangup import Hangups
+from trio_router.web.in_flight import InFlight
 
 log = structlog.get_logger("trio_router.web")
 
@@ -86,7 +89,9 @@ class ClientStream(trio.abc.HalfCloseableStream):
         return await self.stream.receive_some(max_bytes)
 
     async def send_eof(self) -> None:
-        await self.stream.send_eof()
+        # without a checkpoint: Hypercorn calls this in tasks that are cancelled, and closes only afterwards
+        with contextlib.suppress(OSError):
+            self.stream.socket.shutdown(socket.SHUT_WR)
 
     async def aclose(self) -> None:
         await self.stream.aclose()
@@ -96,6 +101,18 @@ class ClientStream(trio.abc.HalfCloseableStream):
         self.stream.socket.close()
 
     close = abort
+
+
+@attrs.frozen
+class CountedApp:
+    """The app, with its requests counted among those in flight."""
+
+    app: AppWrapper
+    in_flight: InFlight
+
+    async def __call__(self, *arguments: Any) -> None:
+        with self.in_flight:
+            await self.app(*arguments)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -130,12 +147,15 @@ class Connections:
         self.open.add(stream)
         try:
             # it asks of its stream what ClientStream has
-            await TCPServer(self.app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
+            app = CountedApp(self.app, self.plane.in_flight)
+            await TCPServer(app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
         except* trio.Cancelled:
             raise
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             log.debug("connection broke")
-        except* Exception as group:  # pgjones/hypercorn#225: whatever it is, it is this connection's
+        except* h11.ProtocolError as group:  # pgjones/hypercorn#225: it is this connection's fault, and its alone
+            log.info("connection broke the protocol", errors=[str(error) for error in group.exceptions])
+        except* Exception as group:
             log.warning("connection failed", exc_info=group)
         finally:
             self.open.discard(stream)
@@ -187,10 +207,17 @@ async def serve_connections(
             for sock in sockets:
                 nursery.start_soon(_accept, nursery, connections, sock)
             task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                # before the nursery waits for its tasks: some of Hypercorn's are shielded until their socket is closed
+                for sock in sockets:
+                    trio.lowlevel.notify_closing(sock)
+                    sock.close()
+                connections.close_all()
     finally:
         for sock in sockets:
             sock.close()
-        connections.close_all()
 
 
 async def _accept(nursery: trio.Nursery, connections: Connections, listening: socket.socket) -> None:
@@ -200,6 +227,8 @@ async def _accept(nursery: trio.Nursery, connections: Connections, listening: so
         except BlockingIOError:
             await trio.lowlevel.wait_readable(listening)
         except OSError as error:
+            if listening.fileno() < 0:
+                return
             if error.errno in OUT_OF_RESOURCES:
                 log.error("cannot accept", error=str(error), open=len(connections.open))  # noqa: TRY400
                 await trio.sleep(ACCEPT_PAUSE_SECONDS)
