@@ -5,7 +5,6 @@ and put into a response.
 """
 
 import re
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Self, cast
 from urllib.parse import unquote
@@ -103,9 +102,15 @@ class AnswerBody(ResponseBody):
     async def __aexit__(self, *_: object) -> None:
         return
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while piece := await self._answer.receive():
-            yield piece
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """Not a generator: one that a broken send leaves behind would be the garbage collector's to end."""
+        piece = await self._answer.receive()
+        if not piece:
+            raise StopAsyncIteration
+        return piece
 
 
 def create_app(

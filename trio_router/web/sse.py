@@ -14,7 +14,7 @@ the one piece under way, whatever happens.
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any, Final, Protocol, Self
 
@@ -197,9 +197,15 @@ class StreamBody(ResponseBody):
     async def __aexit__(self, *_: object) -> None:
         return
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while piece := await self._source.receive():
-            yield piece
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """Not a generator: one that a broken send leaves behind would be the garbage collector's to end."""
+        piece = await self._source.receive()
+        if not piece:
+            raise StopAsyncIteration
+        return piece
 
 
 @attrs.define(eq=False)

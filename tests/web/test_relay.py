@@ -1,0 +1,373 @@
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import h11
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from tests.backend.peer import answer, listening, read_request, say
+from trio_router.backend.address import Address
+from trio_router.backend.backend import Slot
+from trio_router.backend.connection import AnswerHead, BackendLost
+from trio_router.backend.health import expire_silent
+from trio_router.errors import BackendTimeout, BackendUnavailable
+from trio_router.fleet.scheduler import Lease
+from trio_router.web.relay import NOT_FORWARDED, TAIL_BYTES, Answer, Opened, Outgoing, error_event, request_head
+
+# --- request_head -----------------------------------------------------------------------------------
+
+
+def forwarded(headers: list[tuple[bytes, bytes]], *, target: str = "/v1/x?a=b", key: str | None = None) -> Any:
+    """What a parser that knows nothing of us reads in the head. Both ways in give names in lower case."""
+    headers = [(name.lower(), value) for name, value in headers]
+    head = request_head(target, headers, 5, request_id="req_1", key=key)
+    parser = h11.Connection(h11.SERVER)
+    parser.receive_data(head + b"12345")
+    event = parser.next_event()
+    assert isinstance(event, h11.Request)
+    assert isinstance(parser.next_event(), h11.Data)
+    assert isinstance(parser.next_event(), h11.EndOfMessage)
+    assert parser.next_event() is h11.NEED_DATA  # nothing was smuggled in behind it
+    assert event.target == target.encode()
+    assert event.method == b"POST"
+    return list(event.headers)
+
+
+ALWAYS = [(b"host", b"llama-server"), (b"x-request-id", b"req_1"), (b"content-length", b"5")]
+
+
+def test_what_goes_to_the_backend():
+    found = forwarded([(b"Content-Type", b"application/json"), (b"X-Own", b"1"), (b"x-own", b"2"), (b"Accept", b"*/*")])
+    assert found == [
+        (b"host", b"llama-server"), (b"content-type", b"application/json"), (b"x-own", b"1"), (b"x-own", b"2"),
+        (b"accept", b"*/*"), (b"x-request-id", b"req_1"), (b"content-length", b"5"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted({*NOT_FORWARDED, b"x-request-id"}))
+def test_what_does_not(name):
+    assert forwarded([(name, b"999")]) == ALWAYS
+    assert forwarded([(b"x-kept", b"1"), (name, b"999"), (name, b"")])[1:-2] == [(b"x-kept", b"1")]
+
+
+@pytest.mark.parametrize(
+    "connection", [[b"X-A, close, x-b"], [b"x-a", b"x-b"], [b" \tX-A\t,,x-B , "], [b"keep-alive,x-a,X-B,upgrade"]]
+)
+def test_what_connection_names_does_not_either(connection):
+    headers = [(b"Connection", value) for value in connection] + [(b"X-A", b"1"), (b"x-b", b"2"), (b"X-C", b"3")]
+    assert forwarded(headers) == [ALWAYS[0], (b"x-c", b"3"), *ALWAYS[1:]]
+
+
+def test_connection_cannot_take_our_own_away():
+    names = b"host, content-length, x-request-id, authorization"
+    found = forwarded([(b"connection", names)], key="k")
+    assert found == [*ALWAYS[:2], (b"authorization", b"Bearer k"), ALWAYS[2]]
+
+
+def test_the_clients_key_is_replaced_by_ours():
+    secrets = [(b"Authorization", b"Bearer client"), (b"X-Api-Key", b"client"), (b"Cookie", b"session")]
+    assert forwarded(secrets) == ALWAYS
+    assert forwarded(secrets, key="ours") == [*ALWAYS[:2], (b"authorization", b"Bearer ours"), ALWAYS[2]]
+
+
+names = st.text("abcxyzABC-_0123456789!#$%&'*+.^`|~", min_size=1, max_size=12).map(str.encode)
+field_values = st.text(
+    st.characters(min_codepoint=0x21, max_codepoint=0xFF, exclude_characters="\x7f\x85\xa0"), max_size=20
+)
+
+
+@given(st.lists(st.tuples(names, field_values.map(lambda text: text.encode("latin-1"))), max_size=10))
+def test_whatever_a_client_sends_it_is_one_request(headers):
+    found = forwarded(headers)
+    assert [name for name, _ in found].count(b"content-length") == 1
+    assert not {b"transfer-encoding", b"connection", b"expect", b"upgrade"} & {name for name, _ in found}
+
+
+def test_a_target_that_is_not_ascii_is_an_error_and_not_a_request():
+    with pytest.raises(UnicodeEncodeError):
+        request_head("/ü", [], 0, request_id="x", key=None)
+
+
+# --- error_event ------------------------------------------------------------------------------------
+
+ERROR = BackendUnavailable("the llama-server of model 'ü' was lost", param="model")
+
+
+def event_of(raw: bytes) -> tuple[str, dict[str, Any]]:
+    """Name and data of the only event in `raw`."""
+    text = raw.decode()
+    assert text.endswith("\n\n")
+    lines = text.strip("\n").split("\n")
+    assert lines[-1].startswith("data: ")
+    name = lines[0].removeprefix("event: ") if lines[0].startswith("event: ") else ""
+    assert len(lines) == (2 if name else 1)
+    return name, json.loads(lines[-1][6:])
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/completion", "/v1/completions", "/infill"])
+def test_openais_words(endpoint):
+    name, data = event_of(error_event(endpoint, ERROR, cut=False))
+    assert name == ""
+    assert data == ERROR.body()
+    assert data["error"]["code"] == "backend_unavailable"
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/responses", "/responses"])
+def test_the_words_of_responses(endpoint):
+    name, data = event_of(error_event(endpoint, ERROR, cut=False))
+    assert name == data["type"] == "response.failed"
+    assert data["response"]["status"] == "failed"
+    assert data["response"]["error"]["message"] == ERROR.message
+    assert data["error"]["type"] == "service_unavailable_error"
+
+
+def test_the_words_of_messages():
+    name, data = event_of(error_event("/v1/messages", ERROR, cut=False))
+    assert (name, data["type"], data["error"]["type"]) == ("error", "error", "api_error")
+    assert data["error"]["message"] == ERROR.message
+
+
+@pytest.mark.parametrize("message", ["two\nlines", "carriage\rreturn", "\u2028 and \u2029", "data: [DONE]\n\n", "\x00"])
+def test_a_message_cannot_end_its_event(message):
+    _, data = event_of(error_event("/x", BackendUnavailable(message), cut=False))
+    assert data["error"]["message"] == message
+    assert b"\r" not in error_event("/x", BackendUnavailable(message), cut=False)
+
+
+def test_an_event_that_was_cut_is_ended_first():
+    assert error_event("/x", ERROR, cut=True) == b"\n\n" + error_event("/x", ERROR, cut=False)
+
+
+# --- Answer -----------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A connection whose body is a script; exceptions are raised, numbers are pauses."""
+
+    def __init__(self, *script: bytes | float | Exception) -> None:
+        self.script = list(script)
+        self.finished = 0
+
+    @property
+    def complete(self) -> bool:
+        return not self.script
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while self.script:
+            step = self.script.pop(0)
+            if isinstance(step, Exception):
+                raise step
+            if isinstance(step, bytes):
+                return step
+            await trio.sleep(step)
+        return b""
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class Scheduler:
+    releases = 0
+
+    def _released(self, lease: Lease) -> None:
+        self.releases += 1
+
+
+def answer_of(
+    *script: bytes | float | Exception,
+    first: bytes = b"",
+    stream: bool = True,
+    headers: list[tuple[bytes, bytes]] | None = None,
+    endpoint: str = "/v1/chat/completions",
+) -> tuple[Answer, Scripted, Scheduler]:
+    connection, scheduler = Scripted(*script), Scheduler()
+    backend: Any = SimpleNamespace(alias="qwen", lost=None)
+    slot: Any = SimpleNamespace(backend=backend)
+    kind = b"text/event-stream; charset=utf-8" if stream else b"application/json"
+    head = AnswerHead(status=200, headers=[(b"content-type", kind), *(headers or [])])
+    opened: Any = Opened(connection=connection, head=head, first=first)  # type: ignore[arg-type]
+    made = Answer(
+        endpoint=endpoint,
+        lease=Lease(slot, scheduler, 0.0),  # type: ignore[arg-type]
+        opened=opened,
+        queue_seconds=1.2346,
+    )
+    return made, connection, scheduler
+
+
+async def all_of(made: Answer) -> list[bytes]:
+    pieces = []
+    while piece := await made.receive():
+        pieces.append(piece)
+    return pieces
+
+
+async def test_bytes_come_out_as_they_came():
+    made, connection, scheduler = answer_of(b"two", b"three", first=b"one")
+    assert not made.handed_out
+    assert await all_of(made) == [b"one", b"two", b"three"]
+    assert made.handed_out
+    assert await made.receive() == b""
+    assert made.tail == b"onetwothree"
+    made.close()
+    made.close()
+    assert (connection.finished, scheduler.releases) == (2, 1)
+
+
+async def test_an_answer_without_a_body():
+    made, _, _ = answer_of()
+    assert not made.handed_out
+    assert await all_of(made) == []
+    assert made.handed_out
+
+
+async def test_the_tail_is_bounded():
+    made, _, _ = answer_of(b"a" * 3000, b"b" * 3000, b"c" * 10_000, b"d")
+    await all_of(made)
+    assert made.tail == b"c" * (TAIL_BYTES - 1) + b"d"
+
+
+async def test_a_stream_whose_backend_dies_ends_with_an_event():
+    made, _, _ = answer_of(BackendLost("gone"), first=b'data: {"a":1}\n\n')
+    pieces = await all_of(made)
+    assert pieces[0] == b'data: {"a":1}\n\n'
+    assert event_of(pieces[1])[1]["error"]["code"] == "backend_unavailable"
+    assert b"[DONE]" not in b"".join(pieces)
+    assert not pieces[1].startswith(b"\n")
+    assert isinstance(made.error, BackendUnavailable)
+    assert "lost in the middle of an answer: gone" in made.error.message
+    assert not made.handed_out
+
+
+async def test_a_stream_that_is_cut_within_an_event():
+    made, _, _ = answer_of(BackendLost("gone"), first=b'data: {"a":')
+    pieces = await all_of(made)
+    assert pieces[1].startswith(b"\n\ndata: ")
+
+
+async def test_why_it_died_is_said_if_known():
+    made, _, _ = answer_of(BackendLost("closed"), first=b"x")
+    made.lease.slot.backend.lost = "it was unloaded"
+    await all_of(made)
+    assert made.error is not None
+    assert made.error.message.endswith(": it was unloaded")
+
+
+async def test_any_other_answer_is_cut_and_not_completed():
+    made, _, scheduler = answer_of(BackendLost("gone"), first=b'{"half":', stream=False)
+    assert await made.receive() == b'{"half":'
+    with pytest.raises(BackendUnavailable):
+        await made.receive()
+    assert await made.receive() == b""
+    assert not made.handed_out
+    made.close()
+    assert scheduler.releases == 1
+
+
+async def test_a_backend_that_falls_silent_in_the_middle():
+    made, _, _ = answer_of(b"x\n\n", BackendLost("llama-server was silent for 30 s", silent=True))
+    pieces = await all_of(made)
+    assert event_of(pieces[1])[1]["error"]["code"] == "backend_timeout"
+    assert isinstance(made.error, BackendTimeout)
+    made, _, _ = answer_of(b"x", BackendLost("llama-server was silent for 30 s", silent=True), stream=False)
+    with pytest.raises(BackendTimeout, match="silent for 30 s"):
+        await all_of(made)
+
+
+def test_headers_of_a_plain_answer():
+    made, _, _ = answer_of(
+        stream=False,
+        headers=[
+            (b"server", b"llama.cpp"), (b"date", b"x"), (b"access-control-allow-origin", b"*"), (b"x-own", b"1"),
+            (b"cache-control", b"private"), (b"content-length", b"7"),
+        ],
+    )  # fmt: skip
+    assert made.headers() == [
+        (b"content-type", b"application/json"), (b"x-own", b"1"), (b"cache-control", b"private"), (b"content-length", b"7"),
+        (b"x-queue-time-ms", b"1235"),
+    ]  # fmt: skip
+
+
+def test_headers_of_a_stream():
+    made, _, _ = answer_of(headers=[(b"cache-control", b"public"), (b"x-accel-buffering", b"yes")])
+    assert made.headers()[1:] == [
+        (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"), (b"x-queue-time-ms", b"1235"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"TEXT/Event-Stream; x=y"])
+def test_what_a_stream_is(kind):
+    made, _, _ = answer_of(stream=False)
+    made.opened.head.headers[0] = (b"content-type", kind)
+    assert made.is_stream
+    made.opened.head.headers.clear()
+    assert not made.is_stream
+
+
+# --- Outgoing ---------------------------------------------------------------------------------------
+
+
+def outgoing() -> Outgoing:
+    return Outgoing(target="/x", headers=[], body=b"{}", request_id="r")
+
+
+async def attempt(sockets, script) -> Opened:
+    async with listening(sockets / "a.sock", script) as address, trio.open_nursery() as nursery:
+        backend: Any = SimpleNamespace(alias="qwen", address=address, patience_seconds=30)
+        slot = Slot(backend, 0)
+        backend.slots = (slot,)
+        nursery.start_soon(expire_silent, backend)
+        try:
+            return await outgoing().attempt(slot)
+        finally:
+            slot.disconnect()
+            nursery.cancel_scope.cancel()
+
+
+def saying(*pieces: bytes | float):
+    async def script(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                await say(stream, piece)
+            else:
+                await trio.sleep(piece)
+        await trio.sleep_forever()
+
+    return script
+
+
+async def test_a_short_answer_is_read_whole_before_it_is_begun(sockets, autojump_clock: MockClock):
+    whole = answer(b'{"a": 1}')
+    opened = await attempt(sockets, saying(whole[:-4], 5.0, whole[-4:-2], 5.0, whole[-2:]))
+    assert opened.first == b'{"a": 1}'
+    assert opened.connection.complete
+
+
+async def test_a_stream_begins_with_its_first_bytes_not_with_its_head(sockets, autojump_clock: MockClock):
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    began = trio.current_time()
+    opened = await attempt(sockets, saying(head, 20.0, b"3\r\none\r\n", b"3\r\ntwo\r\n"))
+    assert opened.first == b"one"
+    assert trio.current_time() - began == pytest.approx(20, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "pieces", [(), (b"HTTP/1.1 200 OK\r\nX: y\r\n",), (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx",)]
+)
+async def test_a_silent_backend(sockets, autojump_clock: MockClock, pieces):
+    began = trio.current_time()
+    with pytest.RaisesGroup(BackendTimeout, flatten_subgroups=True):
+        await attempt(sockets, saying(*pieces))
+    assert 30 <= trio.current_time() - began <= 35
+
+
+async def test_a_backend_that_cannot_be_reached(sockets):
+    backend: Any = SimpleNamespace(address=Address(path=str(sockets / "none")), patience_seconds=30)
+    with pytest.raises(BackendLost):
+        await outgoing().attempt(Slot(backend, 0))
