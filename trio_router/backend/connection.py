@@ -24,6 +24,7 @@ import trio
 from trio_router.backend.address import Address
 
 READ_BYTES = 64 * 1024
+BULK_BYTES = 4096
 BURST_BYTES = 256 * 1024
 MAX_HEAD_BYTES = 64 * 1024
 CONNECT_SECONDS = 10.0
@@ -126,8 +127,8 @@ class _Reading:
 class Connection:
     """A connection and the state of the exchange on it.
 
-    Socket calls are tried first and waited for only if they would block; one that never blocks lets others run after
-    `BURST_BYTES`.
+    Socket calls that are likely to succeed are tried first and waited for only if they would block; one that never
+    blocks lets others run after `BURST_BYTES`.
     """
 
     _sock: socket.socket
@@ -139,6 +140,8 @@ class Connection:
     """Whether the exchange at hand is not the first on this connection."""
     _answered: bool = False
     """Whether a byte of the answer at hand has come."""
+    _more: bool = False
+    """Whether the next read is worth trying at once; after a token's worth of bytes it would only tell us to wait."""
     _burst: int = 0
     patience_seconds: float = math.inf
     """Longest silence of the backend while we wait for it."""
@@ -193,7 +196,7 @@ class Connection:
         """Send one request, `head` with its empty line included. Raises BackendLost."""
         self._reused = self._idle_since is not None
         self._idle_since = None
-        self._answered = False
+        self._answered = self._more = False
         self._reading = _Reading()
         try:
             if len(body) <= READ_BYTES:
@@ -266,14 +269,17 @@ class Connection:
         """Read once and parse what came."""
         try:
             while True:
-                try:
-                    data = self._sock.recv(READ_BYTES)
-                    break
-                except BlockingIOError:
+                if not self._more:
                     self._burst = 0
                     self._expires_at = trio.current_time() + self.patience_seconds
                     await trio.lowlevel.wait_readable(self._sock)
                     self._expires_at = math.inf
+                try:
+                    data = self._sock.recv(READ_BYTES)
+                    break
+                except BlockingIOError:
+                    self._more = False
+            self._more = len(data) >= BULK_BYTES
             await self._pace(len(data))
         except (OSError, trio.ClosedResourceError) as error:
             self.close()

@@ -43,8 +43,14 @@ class ClientSocket:
         if self.scope is not None:
             self.scope.cancel()
 
-    async def receive(self, limit: int = READ_BYTES) -> bytes:
-        """What has come, up to `limit` bytes; b"" at the end of the stream. Raises ClientLeft."""
+    async def receive(self, limit: int = READ_BYTES, *, wait: bool = False) -> bytes:
+        """What has come, up to `limit` bytes; b"" at the end of the stream. Raises ClientLeft.
+
+        `wait` says that nothing can have come yet: a try would be a system call for nothing.
+        """
+        if wait:
+            self._burst = 0
+            await self._wait(trio.lowlevel.wait_readable)
         while True:
             try:
                 data = self.sock.recv(limit)

@@ -64,8 +64,9 @@ class DataPlane:
 
         Or returns what was read of a request that is not for the data plane: the connection is Hypercorn's now.
         """
+        answered = False
         while True:
-            raw = await self._read_raw_head(client)
+            raw = await self._read_raw_head(client, answered=answered)
             if raw is None:
                 return None
             head = read_head(raw)
@@ -78,6 +79,7 @@ class DataPlane:
                 more = await self._answer(client, head)
             if not more:
                 return None
+            answered = True
 
     async def _refuse_websocket(self, client: ClientSocket) -> None:
         """We speak no WebSocket, and Hypercorn falls over one whose first frames come with its head (hypercorn#225)."""
@@ -85,8 +87,11 @@ class DataPlane:
         await self._send_error(client, error, [(b"x-request-id", request_id(None).encode("ascii"))], close=True)
         await self._linger(client)
 
-    async def _read_raw_head(self, client: ClientSocket) -> bytes | None:
-        """The next head with its empty line, or whatever came that cannot become one; None: the client is done."""
+    async def _read_raw_head(self, client: ClientSocket, *, answered: bool) -> bytes | None:
+        """The next head with its empty line, or whatever came that cannot become one; None: the client is done.
+
+        `answered` says that the client has just been sent an answer: what it asks next is still on its way.
+        """
         buffer = client.received
         searched = 0
         with trio.move_on_after(HEAD_SECONDS):
@@ -102,7 +107,7 @@ class DataPlane:
                     raw = bytes(buffer)
                     buffer.clear()
                     return raw
-                data = await client.receive()
+                data = await client.receive(wait=answered and not searched)
                 if not data:
                     return None
                 buffer += data
