@@ -267,6 +267,8 @@ class Connection:
 
     async def _read(self) -> None:
         """Read once and parse what came."""
+        if self.closed:
+            raise self._broke("the connection is closed", stale=False)
         try:
             while True:
                 if not self._more:

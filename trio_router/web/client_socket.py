@@ -103,6 +103,8 @@ class ClientSocket:
             rest = memoryview(data)[sent:]
 
     async def _wait(self, until: Callable[[socket.socket], Awaitable[None]]) -> None:
+        if self._closed:
+            raise ClientLeft("closed by us")
         try:
             await until(self.sock)
         except trio.ClosedResourceError as error:
