@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 import attrs
 
 FOLDER_PREFIX = "trio-router-"
+LOCK = "lock"
 MAX_SOCKET_PATH = 107
 """Bytes of `sockaddr_un.sun_path` that can be used, unix(7)."""
 
@@ -45,20 +47,34 @@ def private_folder() -> Iterator[Path]:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     base = Path(runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir())
     _sweep(base)
-    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))  # 0700 by mkdtemp's promise
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    folder, lock = _locked_folder(base)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     finally:
         os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _locked_folder(base: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=base))  # 0700 by mkdtemp's promise
+        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # a router that starts beside us took it for a dead one's, and is removing it
+            os.close(lock)
+        else:
+            return folder, lock
+
+
 def _sweep(base: Path) -> None:
     for folder in base.glob(FOLDER_PREFIX + "*"):
         with suppress(OSError):  # another user's, or one being made or swept by another router right now
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            found = folder.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                continue
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)

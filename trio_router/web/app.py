@@ -212,9 +212,10 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_
 
     async def inference() -> Response:
         headers = cast("Headers", list(request.scope["headers"]))
+        path = str(request.url_rule)  # as llama-server has it, without the slash that some add at its end
         incoming = InferenceRequest(
-            path=request.path,
-            target=_target(request),
+            path=path,
+            target=path + _query(request),
             headers=headers,
             fields=first_values(headers),
             body=await read_body(request, max_body_bytes),
@@ -241,8 +242,7 @@ def origin_form(path: bytes) -> bytes:
     return path if path.startswith(b"/") else b"/" + path
 
 
-def _target(incoming: Request) -> str:
-    """The path and query as the client wrote them."""
-    scope = incoming.scope
-    raw, query = scope["raw_path"], scope["query_string"]
-    return (raw + b"?" + query if query else raw).decode("ascii", "backslashreplace")
+def _query(incoming: Request) -> str:
+    """The query as the client wrote it, with its question mark, or nothing."""
+    query: bytes = incoming.scope["query_string"]
+    return "?" + query.decode("ascii", "backslashreplace") if query else ""

@@ -22,6 +22,7 @@ from trio_router.web.relay import Answer, Outgoing
 
 log = structlog.get_logger("trio_router.request")
 
+INTERNAL_ERROR = 500
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before it was answered; nobody sees it but logs and metrics."""
 
@@ -113,8 +114,10 @@ class Exchange:
         answer = self._answer
         if answer is not None:
             status = answer.status
-        else:
-            status = error.status if isinstance(error, RouterError) else CLIENT_CLOSED_REQUEST
+        elif isinstance(error, RouterError):
+            status = error.status
+        else:  # a bug of ours, or the client left
+            status = INTERNAL_ERROR if isinstance(error, Exception) else CLIENT_CLOSED_REQUEST
         outcome = outcome_of(error, status)
         duration = now - self.request.arrived_at
         first_byte = None if self._first_byte is None else self._first_byte - self.request.arrived_at
@@ -182,6 +185,8 @@ def outcome_of(error: BaseException | None, status: int) -> Outcome:
         if error.status == 503 and status == 503:
             return Outcome.REJECTED
         return Outcome.CLIENT_ERROR if error.status < 500 else Outcome.BACKEND_ERROR
+    if isinstance(error, Exception) and status == INTERNAL_ERROR:  # a bug of ours, before there was an answer
+        return Outcome.BACKEND_ERROR
     if error is not None:  # cancelled, or the way out to the client broke: either way it is the client who left
         return Outcome.CANCELLED
     return Outcome.OK if status < 400 else Outcome.CLIENT_ERROR if status < 500 else Outcome.BACKEND_ERROR
