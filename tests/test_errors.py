@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_router import errors
-from trio_router.errors import MAX_ECHO, MethodNotAllowed, RouterError, shown
+from trio_router.errors import MAX_ECHO, HeadRefused, MethodNotAllowed, RouterError, shown
 
 ALL = [found for _, found in inspect.getmembers(errors, inspect.isclass) if issubclass(found, RouterError)]
 
@@ -49,7 +49,7 @@ def test_retry_after_is_on_every_503_and_on_nothing_else(kind):
     assert ("Retry-After" in dict(kind("x").headers)) == (kind.status in {429, 503})
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind is not MethodNotAllowed])
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in {HeadRefused, MethodNotAllowed}])
 def test_details_stand_beside_the_four_and_a_wait_can_be_named(kind):
     error = kind("x", param="model", details={"model": "qwen", "queued": 3}, retry_after_seconds=60)
     assert error.body()["error"] == {

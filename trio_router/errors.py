@@ -22,7 +22,7 @@ def shown(value: str) -> str:
 class RouterError(Exception):
     """Anything a client is told as an error object."""
 
-    status: ClassVar[int] = 500
+    status: int = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
 
@@ -79,6 +79,17 @@ class InvalidRequest(RouterError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_request"
+
+
+class HeadRefused(RouterError):
+    """Raised when a request's head is no HTTP we speak; `status` is what HTTP has for that."""
+
+    type = "invalid_request_error"
+    code = "bad_request"
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class InvalidJSON(InvalidRequest):

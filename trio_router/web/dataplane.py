@@ -11,7 +11,6 @@ body, anything `web.head` does not match) is handed to Hypercorn with every byte
 """
 
 import json
-import re
 import socket
 from typing import Final
 
@@ -20,13 +19,13 @@ import structlog
 import trio
 
 from trio_router.backend.connection import Headers
-from trio_router.errors import BodyTooLarge, InternalError, InvalidRequest, RequestTimeout, RouterError
+from trio_router.errors import BodyTooLarge, HeadRefused, InternalError, RequestTimeout, RouterError
 from trio_router.fleet.registry import Registry
 from trio_router.telemetry.events import Events
 from trio_router.web.admission import Admission, request_id
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.cors import cors_headers
-from trio_router.web.head import END, MAX_HEAD_BYTES, Head, read_head
+from trio_router.web.head import END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Exchange, InferenceRequest, refusal
 from trio_router.web.relay import Answer
@@ -41,7 +40,8 @@ BODY_BYTES_PER_SECOND: Final = 16 * 1024
 WRITE_STALL_SECONDS: Final = 60.0
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
-WEBSOCKET: Final = re.compile(rb"(?i)\r\nupgrade[ \t]*:[^\r\n]*\bwebsocket\b")
+BLANK: Final = ord(" ")
+"""No method begins with this or a lesser byte; a TLS handshake does."""
 REASONS: Final = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found"}
 
 
@@ -71,19 +71,19 @@ class DataPlane:
                 return None
             head = read_head(raw)
             if head is None:
-                if not WEBSOCKET.search(raw):
-                    return bytes(raw + client.received)
-                await self._refuse_websocket(client)
-                return None
+                try:
+                    check_head(raw)
+                except HeadRefused as error:
+                    await self._refuse_head(client, error)
+                    return None
+                return bytes(raw + client.received)
             with self.in_flight:
                 more = await self._answer(client, head)
             if not more:
                 return None
             answered = True
 
-    async def _refuse_websocket(self, client: ClientSocket) -> None:
-        """We speak no WebSocket, and Hypercorn falls over one whose first frames come with its head (hypercorn#225)."""
-        error = InvalidRequest("WebSockets are not spoken here; streams are server-sent events", param="Upgrade")
+    async def _refuse_head(self, client: ClientSocket, error: HeadRefused) -> None:
         await self._send_error(client, error, [(b"x-request-id", request_id(None).encode("ascii"))], close=True)
         await self._linger(client)
 
@@ -102,8 +102,8 @@ class DataPlane:
                     del buffer[: end + len(END)]
                     return raw
                 searched = len(buffer)
-                # nothing to gain from waiting for the rest: it is not ours whatever comes
-                if searched >= MAX_HEAD_BYTES or (searched >= len(b"POST ") and not buffer.startswith(b"POST ")):
+                # nothing to gain from waiting for the rest: it cannot become a head, or not one of HTTP/1
+                if searched and (searched >= MAX_HEAD_BYTES or buffer[0] <= BLANK or buffer.startswith(HTTP2)):
                     raw = bytes(buffer)
                     buffer.clear()
                     return raw

@@ -10,12 +10,18 @@ import re
 from typing import Final
 
 import attrs
+import h11
 
 from trio_router.backend.connection import Headers
+from trio_router.errors import HeadRefused
 from trio_router.web.admission import INFERENCE_PATHS
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 END: Final = b"\r\n\r\n"
+
+HTTP2: Final = b"PRI * HTTP/2.0"
+"""What a client that knows HTTP/2 to be spoken here begins with (RFC 9113 section 3.4)."""
+_WEBSOCKET: Final = re.compile(rb"(?i)\r\nupgrade[ \t]*:[^\r\n]*\bwebsocket\b")
 
 _LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?[ \t]*\r\n"
 _HEAD: Final = re.compile(rb"POST (/[!-\"$-~]*) HTTP/1\.1\r\n((?:" + _LINE + rb")+)\r\n")
@@ -83,3 +89,25 @@ def read_head(raw: bytes) -> Head | None:
         length=int(length),
         close=connection == b"close",
     )
+
+
+def check_head(raw: bytes) -> None:
+    """Raise HeadRefused for a head that Hypercorn would answer with nothing but a status, or fall over.
+
+    Its parser is asked, so there are no two opinions; only the answer is ours, with a body and an id. WebSockets are not
+    spoken here, and Hypercorn does not survive one whose first frames come with its head (pgjones/hypercorn#225).
+    """
+    if raw.startswith(HTTP2):
+        return
+    if END not in raw:
+        if len(raw) >= MAX_HEAD_BYTES:
+            raise HeadRefused(f"the head is larger than {MAX_HEAD_BYTES} bytes", status=431)
+        raise HeadRefused("the request does not begin with a method")
+    if _WEBSOCKET.search(raw):
+        raise HeadRefused("WebSockets are not spoken here; streams are server-sent events")
+    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    try:
+        parser.receive_data(raw)
+        parser.next_event()
+    except h11.RemoteProtocolError as error:
+        raise HeadRefused(f"the request is not HTTP: {error}", status=error.error_status_hint) from error
