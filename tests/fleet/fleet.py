@@ -11,7 +11,8 @@ from tests.fleet.fake_servers import FakeServers
 from trio_router.backend.lifecycle import State
 from trio_router.config.schema import ApiConfig, ModelConfig, RouterConfig, SystemConfig
 from trio_router.errors import RouterError
-from trio_router.fleet.registry import Model, Registry
+from trio_router.fleet.model import Model
+from trio_router.fleet.registry import Registry
 from trio_router.fleet.scheduler import IDLE, Lease, Priority
 from trio_router.telemetry.events import Event, Events, ModelChanged, Unloaded
 

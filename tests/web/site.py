@@ -24,7 +24,8 @@ from trio_router.backend.health import expire_silent
 from trio_router.backend.lifecycle import Move
 from trio_router.backend.logtail import LogTail
 from trio_router.config.schema import ApiConfig, ModelConfig, RouterConfig, SystemConfig
-from trio_router.fleet.registry import Model, Registry
+from trio_router.fleet.model import Model
+from trio_router.fleet.registry import Registry
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Event, Events, RequestFinished
 from trio_router.telemetry.metrics import Metrics

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from trio_router.backend.lifecycle import State
-from trio_router.fleet.registry import Model, Registry
+from trio_router.fleet.model import Model
+from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import MIB, timestamp
 from trio_router.memory.devices import Device, Snapshot
 from trio_router.memory.footprint import Part, Place

@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from trio_router.backend.lifecycle import State
-from trio_router.fleet.registry import Model, Registry
+from trio_router.fleet.model import Model
+from trio_router.fleet.registry import Registry
 
 MIB = 1024 * 1024
 

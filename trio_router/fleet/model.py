@@ -1,0 +1,163 @@
+"""One model: its entry of router.toml, and everything that is true of it now.
+
+Only the registry's task brings it into memory or has it leave; requests wait in its queue; its supervisor tells it,
+as its gate, what there is for those who wait.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import attrs
+import trio
+
+from trio_router.backend.backend import Backend
+from trio_router.backend.lifecycle import State
+from trio_router.backend.supervisor import Supervisor
+from trio_router.config.schema import ModelConfig
+from trio_router.errors import RouterError
+from trio_router.fleet.placement import ModelSnapshot
+from trio_router.fleet.scheduler import Priority, Scheduler
+from trio_router.memory.devices import DeviceMonitor
+from trio_router.memory.footprint import Footprint
+from trio_router.telemetry.events import Events, UnloadReason
+from trio_router.telemetry.facts import ModelFacts
+
+_LABELS = tuple(priority.label for priority in Priority)
+
+
+@attrs.define(eq=False, kw_only=True)
+class Model:
+    """One entry of router.toml and everything that is true of it now. The gate of its supervisor."""
+
+    config: ModelConfig
+    scheduler: Scheduler
+    events: Events
+    supervisor: Supervisor = attrs.field(init=False)
+    look: Callable[[], None] = attrs.field(default=lambda: None)
+    """Called when a decision about it may be another than before."""
+
+    asked: int = 0
+    """How many ask for it by name and wait until it is ready."""
+    kept: bool = False
+    """Asked for by name by somebody who did not wait: cleared once it was ready, or failed."""
+    preload: bool = False
+    last_used: float = -math.inf
+    """Trio time at which it was last ready or idle again."""
+    footprint: Footprint | None = None
+    """What it is projected to need; None until its file was read, or when it cannot be."""
+    footprint_problem: str | None = None
+    """Why it cannot be."""
+    devices: DeviceMonitor | None = None
+    """Says what its llama-server holds, as far as the driver knows."""
+    last_used_at: float | None = None
+    """The same as Unix time, for people."""
+    created: int = attrs.field(factory=lambda: int(time.time()))
+    """Unix time of its file, or of our start."""
+    retiring: UnloadReason | None = None
+    """Why it is on its way out."""
+    cut: bool = False
+    """Whether its running requests are being ended rather than waited for."""
+    scope: trio.CancelScope | None = None
+    """Ends its supervisor."""
+    residency: int = 0
+    """How often it was brought into memory."""
+    was_ready: bool = False
+    """Whether it was ready in this residency."""
+    refusals: int = 0
+    refusal: RouterError | None = None
+    """What those who waited were told last, and how often that happened."""
+    _settled: trio.Event = attrs.field(factory=trio.Event)
+
+    @property
+    def alias(self) -> str:
+        """Its name."""
+        return self.config.alias
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life."""
+        return self.supervisor.state
+
+    @property
+    def footprint_bytes(self) -> int | None:
+        """What it is projected to need on devices."""
+        return None if self.footprint is None else self.footprint.device_bytes
+
+    def device_bytes(self) -> dict[int, int]:
+        """What its llama-server holds by device, as the driver says: to be shown, never to decide by."""
+        pid = self.supervisor.pid
+        if pid is None or self.devices is None:
+            return {}
+        held = {device.index: device.processes.get(pid) for device in self.devices.snapshot.devices}
+        return {index: size for index, size in held.items() if size is not None}
+
+    def facts(self) -> ModelFacts:
+        """What a gauge may show."""
+        queue = self.scheduler.statistics()
+        held = self.device_bytes()
+        projected = (self.footprint_bytes or 0) if self.state.resident else 0
+        return ModelFacts(
+            alias=self.alias,
+            state=self.state.value,
+            slots_busy=queue.active,
+            slots_idle=queue.free,
+            waiting=queue.waiting,
+            waiting_by_priority=dict(zip(_LABELS, queue.waiting_by_priority, strict=True)),
+            device_bytes=held,
+            vram_bytes=sum(held.values()) if held else projected,
+        )
+
+    def snapshot(self) -> ModelSnapshot:
+        """What a decision may know."""
+        return ModelSnapshot(
+            alias=self.alias,
+            state=self.state,
+            retiring=self.retiring is not None,
+            first_key=self.scheduler.first_key(),
+            active=self.scheduler.active,
+            asked=bool(self.asked or self.kept),
+            preload=self.preload,
+            was_ready=self.was_ready,
+            last_used=self.last_used,
+        )
+
+    def used(self) -> None:
+        """It did something just now."""
+        self.last_used = trio.current_time()
+        self.last_used_at = time.time()
+
+    def settle(self) -> None:
+        """Wake who waits for its state to change."""
+        self._settled.set()
+        self._settled = trio.Event()
+
+    async def until_settled(self) -> None:
+        """Return after the next change of state that matters to a command."""
+        await self._settled.wait()
+
+    # --- the supervisor's gate --------------------------------------------------------------------
+
+    def opened(self, backend: Backend) -> None:
+        self.used()
+        self.was_ready = True
+        self.kept = self.preload = False
+        self.scheduler.open(backend)
+        self.settle()
+        self.look()
+
+    def closed(self, backend: Backend) -> None:
+        if self.scheduler.backend is backend:
+            self.scheduler.close()
+
+    def refused(self, error: RouterError) -> None:
+        self.scheduler.refuse(error)
+        self.refuse_askers(error)
+        self.look()
+
+    def refuse_askers(self, error: RouterError) -> None:
+        """Tell those who asked for it by name `error`; the queue is not concerned."""
+        self.kept = self.preload = False
+        self.refusals += 1
+        self.refusal = error
+        self.settle()
