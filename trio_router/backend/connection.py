@@ -13,7 +13,6 @@ the connections calls every now and then.
 import errno
 import math
 import os
-import select
 import socket
 import time
 
@@ -185,7 +184,13 @@ class Connection:
         """Whether another request may be sent: the last exchange ended well, not long ago, and nothing came since."""
         if self.closed or self._idle_since is None or time.monotonic() - self._idle_since > MAX_IDLE_SECONDS:
             return False
-        return not _readable_now(self._sock.fileno())
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False  # closed by the backend, or it spoke out of turn
 
     @property
     def complete(self) -> bool:
@@ -324,10 +329,3 @@ class Connection:
             self.closed = True
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
-
-
-def _readable_now(descriptor: int) -> bool:
-    """Whether a read would not block: the peer closed, or spoke out of turn."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN | select.POLLHUP | select.POLLERR)
-    return bool(poll.poll(0))
