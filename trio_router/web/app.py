@@ -28,7 +28,7 @@ from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
-from trio_router.web import logs, models, monitoring
+from trio_router.web import logs, models, monitoring, openapi
 from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
@@ -138,6 +138,7 @@ def create_app(
     monitoring.add_routes(app, registry, devices, metrics, summary)
     add_streams(app, streams)
     logs.add_routes(app, registry, streams.audience)
+    openapi.add_routes(app, list(config.models), keys=config.api.key is not None)
     return app
 
 

@@ -1,0 +1,306 @@
+"""`/openapi.json`: every endpoint, from one table. A test holds it against the app's own routes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import attrs
+from quart import Response
+from quart_trio import QuartTrio
+
+from trio_router import __version__
+from trio_router.web.admission import INFERENCE_PATHS, OPEN_PATHS
+from trio_router.web.responses import json_response
+
+Schema = Mapping[str, Any]
+
+OBJECT: Final[Schema] = {"type": "object"}
+ANY: Final[Schema] = {}
+JSON: Final = "application/json"
+TEXT: Final = "text/plain"
+EVENTS: Final = "text/event-stream"
+
+
+def _object(**properties: Schema) -> Schema:
+    """An object that has at least these."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+STRING: Final[Schema] = {"type": "string"}
+TEXT_OR_NULL: Final[Schema] = {"type": ["string", "null"]}
+NUMBER: Final[Schema] = {"type": "number"}
+COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+COUNT_OR_NULL: Final[Schema] = {"type": ["integer", "null"], "minimum": 0}
+
+SCHEMAS: Final[Mapping[str, Schema]] = {
+    "Error": _object(
+        error={
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {"message": STRING, "type": STRING, "param": TEXT_OR_NULL, "code": STRING},
+        }
+    ),
+    "Model": _object(
+        id=STRING,
+        object={"const": "model"},
+        created=COUNT,
+        owned_by=STRING,
+        n_ctx=COUNT_OR_NULL,
+        status=_object(value={"enum": ["loaded", "loading", "unloaded", "failed"]}),
+    ),
+    "ModelStatus": _object(
+        alias=STRING,
+        status={"enum": ["off", "starting", "loading", "ready", "stopping", "crashed", "failed"]},
+        port=COUNT_OR_NULL,
+        vram_mb=COUNT_OR_NULL,
+        vram_used_mb=COUNT_OR_NULL,
+        load_progress=COUNT_OR_NULL,
+        started_at=TEXT_OR_NULL,
+        last_used_at=TEXT_OR_NULL,
+        updated_at=STRING,
+        error_message=TEXT_OR_NULL,
+    ),
+    "NamedModel": _object(model={"type": "string", "description": "An alias of router.toml."}),
+    "InferenceRequest": {
+        "type": "object",
+        "required": ["model"],
+        "properties": {"model": STRING, "stream": {"description": "true: an answer in events."}},
+        "description": "What llama-server reads at this path; the router reads `model` and `stream`, and passes all on.",
+    },
+}
+
+
+NAME_A_MODEL: Final = frozenset({"NamedModel", "InferenceRequest"})
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _parameter(name: str, where: str, schema: Schema, text: str) -> Schema:
+    needed = {"required": True} if where == "path" else {}
+    return {"name": name, "in": where, "schema": schema, "description": text, **needed}
+
+
+ALIAS: Final = _parameter("alias", "path", {"type": "string", "minLength": 1}, "A model's name; it may hold slashes.")
+PRIORITY: Final = _parameter(
+    "X-Request-Priority", "header", {"enum": ["high", "normal", "low"]}, "Who goes first; in any case of letters."
+)
+REQUEST_ID: Final = _parameter(
+    "X-Request-ID", "header", STRING, "Comes back if it is 1 to 128 visible ASCII characters; else one is made."
+)
+LAST_EVENT: Final = _parameter("Last-Event-ID", "header", STRING, "Where to go on.")
+SWITCH: Final[Schema] = {"type": "string", "description": "0, false, no, off; anything else is a yes."}
+
+
+@attrs.frozen(kw_only=True)
+class Endpoint:
+    """One method of one path."""
+
+    method: str
+    path: str
+    """In OpenAPI's way."""
+    summary: str
+    tag: str
+    answers: Mapping[int, tuple[str, Schema]]
+    """What is said when all is well: content type and schema by status."""
+    errors: tuple[int, ...] = ()
+    """Beside those that any request may get."""
+    parameters: tuple[Schema, ...] = ()
+    body: str | None = None
+    """Name of the body's schema."""
+    error: Schema = attrs.field(factory=lambda: _ref("Error"))
+    """What an error looks like."""
+    streams: bool = False
+    """Whether it answers with events when asked for a stream."""
+
+    def operation(self) -> dict[str, Any]:
+        """As OpenAPI has it."""
+        responses: dict[str, Any] = {
+            str(status): {"description": self.summary, "content": {kind: {"schema": schema}}}
+            for status, (kind, schema) in self.answers.items()
+        }
+        if self.streams:
+            responses["200"]["content"][EVENTS] = {"schema": ANY}
+        usual = (400, 403) if self.path in OPEN_PATHS else (400, 401, 403)
+        for status in sorted({*usual, *self.errors}):
+            error = {"description": "An error.", "content": {JSON: {"schema": self.error}}}
+            if str(status) in responses:  # /health answers 503 with its own body
+                continue
+            responses[str(status)] = error
+        operation: dict[str, Any] = {
+            "operationId": f"{self.method} {self.path}",
+            "summary": self.summary,
+            "tags": [self.tag],
+            "parameters": [
+                {"$ref": "#/components/parameters/alias"} if parameter is ALIAS else parameter
+                for parameter in (*self.parameters, REQUEST_ID)
+            ],
+            "responses": responses,
+        }
+        if self.path in OPEN_PATHS:
+            operation["security"] = []
+        if self.body is not None:
+            operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(self.body)}}}
+        return operation
+
+
+def _get(path: str, summary: str, schema: Schema = OBJECT, tag: str = "monitoring", **more: Any) -> Endpoint:
+    answers = more.pop("answers", {200: (JSON, schema)})
+    return Endpoint(method="get", path=path, summary=summary, tag=tag, answers=answers, **more)
+
+
+def _inference(path: str) -> Endpoint:
+    return Endpoint(
+        method="post",
+        path=path,
+        summary="Answered by the llama-server of the body's model; its own errors pass through.",
+        tag="inference",
+        answers={200: (JSON, ANY)},
+        errors=(404, 408, 413, 415, 500, 501, 502, 503, 504),
+        parameters=(PRIORITY,),
+        body="InferenceRequest",
+        error=_object(error=OBJECT),  # llama-server's own errors have other fields
+        streams=True,
+    )
+
+
+_STATUS = _object(server=OBJECT, models={"type": "object", "additionalProperties": _ref("ModelStatus")}, summary=OBJECT)
+_DONE = _object(status={"enum": ["success", "not_found"]}, message=STRING)
+_HEALTH = _object(status={"enum": ["ok", "degraded"]}, checks=OBJECT, version=STRING, uptime_seconds=NUMBER)
+
+ENDPOINTS: Final[tuple[Endpoint, ...]] = (
+    *map(_inference, sorted(INFERENCE_PATHS)),
+    _get(
+        "/v1/models",
+        "The models there are.",
+        _object(object={"const": "list"}, data={"type": "array", "items": _ref("Model")}),
+        tag="models",
+    ),
+    _get("/v1/models/{alias}", "One model.", _ref("Model"), tag="models", errors=(404,), parameters=(ALIAS,)),
+    _get("/v1/models/status", "How every model is.", _STATUS, tag="models"),
+    _get(
+        "/v1/models/status/stream",
+        "Every change: full_status, then model_update, server_update and heartbeat.",
+        tag="models",
+        answers={200: (EVENTS, ANY)},
+        parameters=(LAST_EVENT,),
+    ),
+    _get(
+        "/v1/models/failed",
+        "Models that used up their attempts.",
+        _object(failed_models={"type": "array", "items": _object(model=STRING, attempts=COUNT, error=STRING)}),
+        tag="models",
+    ),
+    _get(
+        "/v1/models/{alias}/status",
+        "How one model is.",
+        {"allOf": [_ref("ModelStatus"), _object(model=STRING, is_alive={"type": "boolean"})]},
+        tag="models",
+        errors=(404,),
+        parameters=(ALIAS,),
+    ),
+    _get(
+        "/v1/models/{alias}/logs",
+        "llama-server's last lines.",
+        tag="models",
+        answers={200: (TEXT, STRING)},
+        errors=(404,),
+        parameters=(
+            ALIAS,
+            _parameter("lines", "query", {"type": "integer", "minimum": 0, "maximum": 100_000}, "How many."),
+            _parameter(
+                "follow", "query", {"enum": ["0", "1"]}, "Go on as lines come; as events if those are accepted."
+            ),
+        ),
+    ),
+    _get("/v1/models/{alias}/footprint", "What it needs.", tag="models", errors=(404,), parameters=(ALIAS,)),
+    Endpoint(
+        method="post",
+        path="/v1/models/load",
+        summary="Load a model, and wait until it is ready unless told not to.",
+        tag="models",
+        answers={200: (JSON, _object(status=STRING, model=STRING)), 202: (JSON, _object(status=STRING, model=STRING))},
+        errors=(404, 408, 413, 503, 504),
+        parameters=(_parameter("wait", "query", SWITCH, "false: answer at once."),),
+        body="NamedModel",
+    ),
+    Endpoint(
+        method="post",
+        path="/v1/models/eject",
+        summary="Unload a model, after its running requests unless forced.",
+        tag="models",
+        answers={200: (JSON, _DONE)},
+        errors=(404, 408, 413),
+        parameters=(_parameter("force", "query", SWITCH, "true: cut running requests."),),
+        body="NamedModel",
+    ),
+    Endpoint(
+        method="post",
+        path="/v1/models/{alias}/reset",
+        summary="Let a failed model be tried again.",
+        tag="models",
+        answers={200: (JSON, _DONE)},
+        errors=(404,),
+        parameters=(ALIAS,),
+    ),
+    _get("/health", "Is the router well?", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
+    _get("/livez", "Is it alive?", _object(status=STRING)),
+    _get("/readyz", "Is it to be sent requests?", answers=dict.fromkeys((200, 503), (JSON, _object(status=STRING)))),
+    _get("/metrics", "Prometheus.", answers={200: (TEXT, STRING)}),
+    _get("/metrics/backends", "Every llama-server's own series.", answers={200: (TEXT, STRING)}),
+    _get(
+        "/metrics/stream",
+        "The numbers of a dashboard every 2 s: metrics, heartbeat.",
+        answers={200: (EVENTS, ANY)},
+        parameters=(LAST_EVENT,),
+    ),
+    _get(
+        "/vram",
+        "What fills the GPUs.",
+        _object(status={"enum": ["healthy", "warning", "critical", "unavailable"]}, gpu_info=OBJECT),
+    ),
+    _get("/v1/queue/stats", "Who waits.", _object(summary=OBJECT, per_model=OBJECT)),
+    _get("/v1/telemetry/summary", "The last hour's requests.", _object(total_requests=COUNT, success_rate=NUMBER)),
+    _get("/v1/health/models", "How loaded models are."),
+    _get("/openapi.json", "This.", tag="documentation"),
+)
+
+
+def document(aliases: Sequence[str], *, keys: bool) -> dict[str, Any]:
+    """The whole, for a router of these models; `keys` says whether one must be sent."""
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in ENDPOINTS:
+        paths.setdefault(endpoint.path, {})[endpoint.method] = endpoint.operation()
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "trio-router",
+            "version": __version__,
+            "description": "One OpenAI-compatible address in front of many llama-server processes.",
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "paths": paths,
+        "security": [{"bearer": []}, {"header": []}] if keys else [],
+        "components": {
+            "parameters": {"alias": {**ALIAS, "examples": {alias: {"value": alias} for alias in aliases}}},
+            "schemas": {
+                name: {**schema, "examples": [{"model": alias} for alias in aliases]}
+                if name in NAME_A_MODEL
+                else schema
+                for name, schema in SCHEMAS.items()
+            },
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            },
+        },
+    }
+
+
+def add_routes(app: QuartTrio, aliases: Sequence[str], *, keys: bool) -> None:
+    """Add it to `app`."""
+    described = document(aliases, keys=keys)
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_response(described)
