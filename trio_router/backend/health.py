@@ -13,6 +13,9 @@ from trio_router.backend.client import BackendClient, NoAnswer
 
 READY_POLL_SECONDS = 0.02
 """Readiness is noticed within 30 ms: this, and the probe's own 2 ms."""
+SOONEST_POLL_SECONDS = 0.003
+POLL_SHARE = 40
+"""A small model is ready in 0.2 s: at first the pause is this part of the time waited so far."""
 MAX_CONSECUTIVE_FAILURES = 3
 RETRY_SECONDS = 1.0
 """Pause after a failed probe: a server that is ill is looked at more often than a healthy one."""
@@ -45,6 +48,7 @@ class Health:
 
 async def until_ready(client: BackendClient, address: Address) -> None:
     """Return as soon as `/health` says 200. Never fails: a server that is not there yet looks like any other."""
+    began = trio.current_time()
     while True:
         if address.path is None or os.path.exists(address.path):  # noqa: PTH110, ASYNC240  (a stat of a tmpfs: 2 µs)
             try:
@@ -52,7 +56,8 @@ async def until_ready(client: BackendClient, address: Address) -> None:
                     return
             except NoAnswer:
                 pass
-        await trio.sleep(READY_POLL_SECONDS)
+        waited = trio.current_time() - began
+        await trio.sleep(min(READY_POLL_SECONDS, max(SOONEST_POLL_SECONDS, waited / POLL_SHARE)))
 
 
 async def watch(client: BackendClient, health: Health, interval_seconds: float) -> str:

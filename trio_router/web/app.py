@@ -6,7 +6,7 @@ and put into a response.
 
 import re
 from contextlib import AsyncExitStack
-from typing import Self, cast
+from typing import cast
 from urllib.parse import unquote
 
 import quart.wrappers
@@ -14,7 +14,6 @@ import structlog
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent, HTTPScope
 from quart import Quart, Request, Response, g, request
-from quart.wrappers.response import ResponseBody
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
@@ -33,8 +32,8 @@ from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
 from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Exchange, InferenceRequest, first_values, refusal
-from trio_router.web.relay import Answer
 from trio_router.web.responses import error_response
+from trio_router.web.sse import StreamBody
 from trio_router.web.streams import Streams
 from trio_router.web.streams import add_routes as add_streams
 
@@ -90,29 +89,6 @@ class Connection(TrioASGIHTTPConnection):
                 nursery.cancel_scope.cancel()
 
 
-class AnswerBody(ResponseBody):
-    """An answer's bytes as they come. The answer itself belongs to the request's stack."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        return
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        """Not a generator: one that a broken send leaves behind would be the garbage collector's to end."""
-        piece = await self._answer.receive()
-        if not piece:
-            raise StopAsyncIteration
-        return piece
-
-
 def create_app(
     config: RouterConfig,
     registry: Registry,
@@ -137,7 +113,7 @@ def create_app(
     models.add_routes(app, registry)
     monitoring.add_routes(app, registry, devices, metrics, summary)
     add_streams(app, streams)
-    logs.add_routes(app, registry, streams.audience)
+    logs.add_routes(app, registry)
     openapi.add_routes(app, list(config.models), keys=config.api.key is not None)
     return app
 
@@ -226,7 +202,7 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
         g.exchange = True  # from here on it is the exchange that tells what became of the request
         answer = await borrowed.enter_async_context(Exchange(registry=registry, events=events, request=incoming))
-        response = Response(AnswerBody(answer), answer.status)
+        response = Response(StreamBody(answer), answer.status)
         del response.headers["content-type"]
         response.timeout = None
         return _with(response, answer.headers())

@@ -20,7 +20,6 @@ from trio_router.web.sse import (
     HEARTBEAT_SECONDS,
     PIECE_BYTES,
     RETRY,
-    Audience,
     Source,
     event_bytes,
     resume_position,
@@ -109,7 +108,7 @@ def followed(incoming: Request, journal: Ring[str], lines: int) -> tuple[Source,
     return LineEvents(Follower(journal=journal, position=position)), "text/event-stream"
 
 
-def add_routes(app: QuartTrio, registry: Registry, audience: Audience) -> None:
+def add_routes(app: QuartTrio, registry: Registry) -> None:
     """Add them to `app`."""
 
     @app.get("/v1/models/<path:alias>/logs")
@@ -117,7 +116,7 @@ def add_routes(app: QuartTrio, registry: Registry, audience: Audience) -> None:
         journal = registry.model(alias).supervisor.journal
         lines = wanted_lines(request.args.get("lines"), journal.max_items)
         if request.args.get("follow", "0").strip().lower() in {"", "1", "true", "yes", "on"}:
-            response = stream_response(audience, *followed(request, journal, lines))
+            response = stream_response(*followed(request, journal, lines))
         else:
             response = Response(text(journal.last(lines)), content_type=PLAIN)
         response.headers["X-Content-Type-Options"] = "nosniff"

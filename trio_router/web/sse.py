@@ -15,7 +15,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Final, Protocol, Self
 
 import attrs
@@ -186,7 +186,7 @@ class Reader:
 
 
 class StreamBody(ResponseBody):
-    """A stream's bytes as they come. What it borrowed belongs to the request's stack, not to this."""
+    """A source's bytes as they come, an answer's or a stream's. What it borrowed belongs to the request's stack."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -208,37 +208,8 @@ class StreamBody(ResponseBody):
         return piece
 
 
-@attrs.define(eq=False)
-class Audience:
-    """The streams that are open, so that the end can wait until they have said their last."""
-
-    size: int = 0
-    _gone: trio.Event | None = None
-
-    @contextmanager
-    def joined(self) -> Iterator[None]:
-        """One more, for as long as this lasts."""
-        self.size += 1
-        try:
-            yield
-        finally:
-            self.size -= 1
-            if not self.size and self._gone is not None:
-                self._gone.set()
-                self._gone = None
-
-    async def until_gone(self) -> None:
-        """Return when no stream is open."""
-        while self.size:
-            if self._gone is None:
-                self._gone = trio.Event()
-            await self._gone.wait()
-
-
-def stream_response(audience: Audience, source: Source, content_type: str = "text/event-stream") -> Response:
+def stream_response(source: Source, content_type: str = "text/event-stream") -> Response:
     """An answer to the request at hand that goes on until its source ends or its client leaves; to HEAD its head."""
-    borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
-    borrowed.enter_context(audience.joined())
     response = Response(b"" if request.method == "HEAD" else StreamBody(source), content_type=content_type)
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"

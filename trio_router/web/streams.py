@@ -8,8 +8,7 @@ model, and only while somebody reads; the first who comes, or comes back, is tol
 
 *Error handling.* An exception here is a bug and ends the tree.
 
-*Cancellation.* When the router drains, streams end by themselves once they have said so: wait for that, for a short
-while, with `audience.until_gone`.
+*Cancellation.* When the router drains, streams end by themselves once they have said so.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from quart_trio import QuartTrio
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import fleet_status, server_status, status
 from trio_router.telemetry.events import Event, Events, ModelChanged, ServerChanged
-from trio_router.web.sse import Audience, Hub, stream_response
+from trio_router.web.sse import Hub, stream_response
 
 COUNTS_SECONDS = 0.5
 METRICS_SECONDS = 2.0
@@ -40,7 +39,6 @@ class Streams:
     registry: Registry
     measure: Callable[[], Mapping[str, Any]]
     """The data of a `metrics` event."""
-    audience: Audience = attrs.field(factory=Audience)
     """Everybody who has a stream open, those of logs too."""
     status: Hub = attrs.field(init=False)
     metrics: Hub = attrs.field(init=False)
@@ -133,7 +131,7 @@ def add_routes(app: QuartTrio, streams: Streams) -> None:
     async def events_of(hub: Hub) -> Response:
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
         reader = borrowed.enter_context(hub.reader(request.headers.get("Last-Event-ID")))
-        return stream_response(streams.audience, reader)
+        return stream_response(reader)
 
     @app.get("/v1/models/status/stream")
     async def status_stream() -> Response:
