@@ -27,7 +27,9 @@ CONTRACT = {
 }
 
 
-@pytest.mark.parametrize(("row", "codes"), CONTRACT.items(), ids=str)
+@pytest.mark.parametrize(
+    ("row", "codes"), [pytest.param(*item, id=f"{item[0][1]}-{item[0][0]}") for item in CONTRACT.items()]
+)
 def test_every_row_of_the_contract_has_its_errors(row, codes):
     kind, status = row
     assert codes <= {error.code for error in ALL if (error.type, error.status) == (kind, status)}
