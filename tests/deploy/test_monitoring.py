@@ -4,6 +4,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,19 @@ def test_board_and_rules_have_data(monitoring: Path, fake_llama: Path, header_gg
             assert client.post("/v1/models/broken/reset", None) == 200
         client.chat("broken")
         client.chat("gamma", tokens=4)
-        time.sleep(3)  # what the device monitor sees every 2 s, Prometheus every second and its rules every second
+        asked = board_expressions(monitoring)
+        assert len(asked) > 50
+
+        def without_data() -> list[str]:
+            values = {one: prometheus.since(start, time.time(), one.expression) for one in asked}
+            return [f"{one.place}: {one.expression}" for one, found in values.items() if not any(found)]
+
+        # The device monitor looks every 2 s, Prometheus and its rules every second, and the range has steps of one.
+        with suppress(TimeoutError):
+            wait_until(lambda: not without_data(), timeout_seconds=20)
+        empty = without_data()
+        assert not empty, "only zeros, or nothing:\n" + "\n".join(empty)
+        wait_until(lambda: prometheus.now('ALERTS{alertstate="firing", alertname="TrioRouterModelFailed"}'))
         end = time.time()
         client.close()
 
@@ -136,12 +149,6 @@ def test_board_and_rules_have_data(monitoring: Path, fake_llama: Path, header_gg
             ("trio-router", "1"),
             ("trio-router-backends", "1"),
         }
-        asked = board_expressions(monitoring)
-        assert len(asked) > 50
-        values = {one: prometheus.since(start, end, one.expression) for one in asked}
-        empty = [f"{one.place}: {one.expression}" for one, found in values.items() if not any(found)]
-        assert not empty, "only zeros, or nothing:\n" + "\n".join(empty)
-
         found_rules = rules(prometheus)
         assert len(found_rules) >= 7
         for rule in found_rules:
