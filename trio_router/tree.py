@@ -2,6 +2,7 @@
 
     root nursery
     |- signals                      SIGTERM, SIGINT: drain; a second one: cancel
+    |- events.run                   tells sinks of requests that ended
     |- registry.run                 the only task that starts and stops models
     |  |- supervisor[qwen-7b]       child nursery: llama-server, its log, its health
     |  `- supervisor[...]
@@ -37,8 +38,8 @@ from trio_router.fleet.footprints import fill_footprints
 from trio_router.fleet.registry import Registry
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.notify import Notifier
-from trio_router.telemetry.events import Events
-from trio_router.telemetry.logs import configure_logs
+from trio_router.telemetry.events import Events, RequestSink
+from trio_router.telemetry.logs import configure_logs, request_log
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.snapshot import metrics_snapshot
 from trio_router.telemetry.summary import Summary
@@ -61,14 +62,14 @@ def main(config: RouterConfig, server: LlamaServer, *, log_format: str = "text",
     try:
         with private_folder() as folder:
             launcher = Launcher(server=server, folder=folder, transport=config.system.backend_transport)
-            return trio.run(serve, config, launcher)
+            return trio.run(serve, config, launcher, request_log(log_format, log_level))
     except OSError as error:
         print(f"trio-router: {error}", file=sys.stderr)  # noqa: T201  (the last word of a program)
         return 1
 
 
-async def serve(config: RouterConfig, launcher: Launcher) -> int:
-    """The root. Returns the exit status."""
+async def serve(config: RouterConfig, launcher: Launcher, requests: RequestSink | None = None) -> int:
+    """The root; `requests` is told of those that ended. Returns the exit status."""
     events = Events()
     devices = DeviceMonitor(gpu_devices=config.system.gpu_devices)
     registry = Registry.of(config, launcher, events, devices)
@@ -76,6 +77,7 @@ async def serve(config: RouterConfig, launcher: Launcher) -> int:
     metrics = Metrics(config.models, INFERENCE_PATHS, version=__version__)
     notifier = Notifier.of(os.environ)
     events.sinks += [summary, metrics, notifier]
+    events.request_sinks += [summary.requests, metrics.requests, *([] if requests is None else [requests])]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     app = create_app(config, registry, devices, events, streams=streams, metrics=metrics, summary=summary)
     try:
@@ -86,6 +88,7 @@ async def serve(config: RouterConfig, launcher: Launcher) -> int:
         return 1
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as root:
+            await root.start(events.run)
             await root.start(registry.run)
             await root.start(devices.run)
             await root.start(fill_footprints, registry, launcher, devices)
@@ -105,6 +108,7 @@ async def serve(config: RouterConfig, launcher: Launcher) -> int:
                 drain_and_stop, root.cancel_scope, registry, plane.in_flight, config.system.drain_timeout_sec
             )
             root.start_soon(stop_on_signals, signals, root.cancel_scope, registry, stop)
+    events.settle()
     log.info("stopped")
     return 0
 

@@ -18,7 +18,7 @@ from trio_router.errors import (
     UnknownModel,
 )
 from trio_router.fleet.scheduler import IDLE
-from trio_router.telemetry.events import LeaseGranted, ServerChanged
+from trio_router.telemetry.events import ServerChanged
 
 # --- loading ------------------------------------------------------------------------------------------
 
@@ -47,18 +47,12 @@ async def test_many_waiters_share_one_load(servers: FakeServers, autojump_clock:
         assert fleet.of("load-a") == ["1 load-a done"]
 
 
-async def test_a_lease_is_told_with_how_long_it_was_waited_for(servers: FakeServers, autojump_clock: MockClock) -> None:
+async def test_a_ticket_knows_when_it_got_a_slot(servers: FakeServers, autojump_clock: MockClock) -> None:
     async with running(servers) as fleet:
-        told: list = []
-        fleet.registry.events.sinks.append(
-            lambda event: told.append(event) if isinstance(event, LeaseGranted) else None
-        )
-        await fleet.ask("a", 1, priority=LOW)
-        await fleet.ask("a", 1, priority=HIGH)
-        assert told == [
-            LeaseGranted(alias="a", priority="low", waited_seconds=1),
-            LeaseGranted(alias="a", priority="high", waited_seconds=0),
-        ]
+        first, second = fleet.registry.ticket("a", LOW), fleet.registry.ticket("a", HIGH)
+        for ticket in (first, second):
+            (await fleet.registry.lease(ticket)).release()
+        assert (first.granted_at, second.granted_at) == (1, 1)
 
 
 async def test_priority_and_aging_are_those_of_the_configuration(
@@ -924,7 +918,7 @@ async def test_draining_refuses_what_waits_and_waits_for_what_runs(
             with pytest.raises(ShuttingDown):
                 await refused()
         with pytest.raises(ShuttingDown):
-            fleet.registry.ticket("a", LOW)
+            await fleet.registry.lease(fleet.registry.ticket("a", LOW))
         with pytest.raises(ShuttingDown):
             fleet.registry.load_soon("b")
         await trio.sleep(1000)

@@ -13,7 +13,6 @@ from trio_router.telemetry.events import (
     BackendRestarted,
     Event,
     ExitKind,
-    LeaseGranted,
     LoadFinished,
     LoadResult,
     ModelChanged,
@@ -70,6 +69,8 @@ async def values(metrics: Metrics, **given: Any) -> dict[tuple[str, ...], float]
 
 def finished(**facts: Any) -> RequestFinished:
     given = {
+        "request_id": "req_1",
+        "finished_at": 0.0,
         "alias": "qwen",
         "endpoint": CHAT,
         "priority": "normal",
@@ -86,7 +87,7 @@ async def test_the_families_are_these(metrics: Metrics) -> None:
     assert {"process_cpu_seconds_total", "python_info", "python_gc_collections_total"} <= found.keys()
 
 
-EVENTS: list[tuple[Event, dict[tuple[str, ...], float]]] = [
+EVENTS: list[tuple[Event | RequestFinished, dict[tuple[str, ...], float]]] = [
     (
         finished(
             queue_seconds=0.5,
@@ -118,8 +119,9 @@ EVENTS: list[tuple[Event, dict[tuple[str, ...], float]]] = [
         {("router_requests_total", f"endpoint={CHAT}", "model=unknown", "outcome=client_error", "status=error"): 1},
     ),
     (
-        LeaseGranted(alias="qwen", priority="high", waited_seconds=3.0),
+        finished(priority="high", waited_seconds=3.0, outcome=Outcome.CANCELLED),
         {
+            ("router_requests_total", f"endpoint={CHAT}", "model=qwen", "outcome=cancelled", "status=error"): 1,
             ("router_queue_wait_seconds_count", "model=qwen", "priority=high"): 1,
             ("router_queue_wait_seconds_sum", "model=qwen", "priority=high"): 3.0,
         },
@@ -150,9 +152,14 @@ EVENTS: list[tuple[Event, dict[tuple[str, ...], float]]] = [
 
 
 @pytest.mark.parametrize(("event", "moved"), EVENTS)
-async def test_what_an_event_moves(metrics: Metrics, event: Event, moved: dict[tuple[str, ...], float]) -> None:
+async def test_what_an_event_moves(
+    metrics: Metrics, event: Event | RequestFinished, moved: dict[tuple[str, ...], float]
+) -> None:
     before = await values(metrics)
-    metrics(event)
+    if isinstance(event, RequestFinished):
+        metrics.requests([event])
+    else:
+        metrics(event)
     after = await values(metrics)
     for series, value in moved.items():
         assert before.get(series, 0) == 0
@@ -165,7 +172,7 @@ async def test_what_an_event_moves(metrics: Metrics, event: Event, moved: dict[t
 
 @pytest.mark.parametrize("outcome", Outcome)
 async def test_every_outcome(metrics: Metrics, outcome: Outcome) -> None:
-    metrics(finished(outcome=outcome))
+    metrics.requests([finished(outcome=outcome)])
     status = "success" if outcome is Outcome.OK else "error"
     told = await values(metrics)
     assert told[
@@ -177,9 +184,8 @@ async def test_every_outcome(metrics: Metrics, outcome: Outcome) -> None:
 
 async def test_no_label_is_what_a_client_typed(metrics: Metrics) -> None:
     for evil in ('"} 1\nevil', "unheard-of", "/v1/../x", "é" * 1000):
-        metrics(finished(alias=evil, endpoint=evil))
-        metrics(LeaseGranted(alias=evil, priority="low", waited_seconds=0))
-    metrics(finished(endpoint=CHAT + "/"))
+        metrics.requests([finished(alias=evil, endpoint=evil)])
+    metrics.requests([finished(endpoint=CHAT + "/")])
     told = {series: value for series, value in (await values(metrics)).items() if series[0] == "router_requests_total"}
     assert told == {
         ("router_requests_total", "endpoint=other", "model=unknown", "outcome=ok", "status=success"): 4,
@@ -254,7 +260,7 @@ async def test_two_routers_do_not_share_numbers(metrics: Metrics) -> None:
 
 
 async def test_openmetrics_when_asked_for(metrics: Metrics) -> None:
-    metrics(finished())
+    metrics.requests([finished()])
     body, kind = await metrics.render("application/openmetrics-text;version=1.0.0,text/plain;q=0.5", fleet(), Gpus())
     assert kind.startswith("application/openmetrics-text; version=1.0.0")
     found = {family.name: family.type for family in text_string_to_metric_families(body.decode())}
@@ -284,9 +290,11 @@ def fifty() -> tuple[Metrics, Any]:
     for alias in aliases:
         metrics(LoadFinished(alias=alias, result=LoadResult.OK, seconds=1))
         for priority in ("high", "normal", "low"):
-            metrics(LeaseGranted(alias=alias, priority=priority, waited_seconds=1))
+            metrics.requests([finished(alias=alias, priority=priority, waited_seconds=1)])
         for outcome in Outcome:
-            metrics(finished(alias=alias, outcome=outcome, first_token_seconds=1, seconds_per_output_token=0.1))
+            metrics.requests(
+                [finished(alias=alias, outcome=outcome, first_token_seconds=1, seconds_per_output_token=0.1)]
+            )
     return metrics, fleet(*(model(alias) for alias in aliases))
 
 

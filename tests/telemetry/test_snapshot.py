@@ -12,9 +12,9 @@ TOLD = fleet(model("qwen", slots_busy=1, waiting=2, vram_bytes=4 * GIB), model("
 
 def test_the_contracts_keys() -> None:
     summary = Summary(["qwen", "llama"], Clock())
-    summary(finished("qwen", seconds=0.5, output_tokens=7))
-    summary(finished("qwen", seconds=1.5, output_tokens=3))
-    summary(finished("llama", Outcome.REJECTED))
+    summary.requests([finished("qwen", seconds=0.5, output_tokens=7)])
+    summary.requests([finished("qwen", seconds=1.5, output_tokens=3)])
+    summary.requests([finished("llama", Outcome.REJECTED)])
     told = metrics_snapshot(Fleet(TOLD), Gpus((Gpu(), Gpu(index=1, utilization_percent=8))), summary)
     assert datetime.fromisoformat(told.pop("timestamp")).utcoffset() is not None
     assert told["server"].pop("uptime_seconds") > 0

@@ -38,6 +38,8 @@ def summary(clock: Clock) -> Summary:
 def finished(alias: str | None = "qwen", outcome: Outcome = Outcome.OK, seconds: float = 1.0, **facts: Any):
     given = {"queue_seconds": 0.1 if outcome is Outcome.OK else None, "code": None, "priority": "normal"}
     return RequestFinished(
+        request_id="req_1",
+        finished_at=0.0,
         alias=alias,
         endpoint="/v1/chat/completions",
         outcome=outcome,
@@ -67,11 +69,11 @@ def test_nothing_asked_is_a_valid_answer(summary: Summary) -> None:
 
 def test_the_last_hour(summary: Summary, clock: Clock) -> None:
     for number in range(1, 101):
-        summary(finished(seconds=number / 1000, input_tokens=3, output_tokens=2))
-    summary(finished("llama", Outcome.REJECTED, 0.001, code="queue_full"))
-    summary(finished("llama", Outcome.CANCELLED, 100.0))
-    summary(finished(None, Outcome.CLIENT_ERROR, 0.001, code="model_not_found"))
-    summary(finished("llama", Outcome.BACKEND_ERROR, 1.0, queue_seconds=0.0))
+        summary.requests([finished(seconds=number / 1000, input_tokens=3, output_tokens=2)])
+    summary.requests([finished("llama", Outcome.REJECTED, 0.001, code="queue_full")])
+    summary.requests([finished("llama", Outcome.CANCELLED, 100.0)])
+    summary.requests([finished(None, Outcome.CLIENT_ERROR, 0.001, code="model_not_found")])
+    summary.requests([finished("llama", Outcome.BACKEND_ERROR, 1.0, queue_seconds=0.0)])
     told = telemetry_summary(summary)
     assert told["total_requests"] == 104
     assert (told["success_count"], told["error_count"], told["success_rate"]) == (100, 4, 96.15)
@@ -86,10 +88,10 @@ def test_the_last_hour(summary: Summary, clock: Clock) -> None:
 
 
 def test_the_last_minute_is_each_models_own(summary: Summary, clock: Clock) -> None:
-    summary(finished(seconds=0.2, output_tokens=5))
+    summary.requests([finished(seconds=0.2, output_tokens=5)])
     clock.now += 30
-    summary(finished(outcome=Outcome.TIMEOUT, seconds=0.4, code="backend_timeout"))
-    summary(finished(outcome=Outcome.REJECTED, seconds=9.0))
+    summary.requests([finished(outcome=Outcome.TIMEOUT, seconds=0.4, code="backend_timeout")])
+    summary.requests([finished(outcome=Outcome.REJECTED, seconds=9.0)])
     minute = summary.minute("qwen")
     assert (minute.requests, minute.errors, minute.output_tokens, minute.mean_ms) == (3, 2, 5, 300.0)
     assert summary.minute("llama").requests == 0
@@ -100,11 +102,11 @@ def test_the_last_minute_is_each_models_own(summary: Summary, clock: Clock) -> N
 
 
 def test_totals_are_since_the_start(summary: Summary, clock: Clock) -> None:
-    summary(finished())
-    summary(finished(outcome=Outcome.BACKEND_ERROR, queue_seconds=0.0))
-    summary(finished(outcome=Outcome.REJECTED))
-    summary(finished(outcome=Outcome.TIMEOUT, code="queue_timeout"))
-    summary(finished(outcome=Outcome.CANCELLED))
+    summary.requests([finished()])
+    summary.requests([finished(outcome=Outcome.BACKEND_ERROR, queue_seconds=0.0)])
+    summary.requests([finished(outcome=Outcome.REJECTED)])
+    summary.requests([finished(outcome=Outcome.TIMEOUT, code="queue_timeout")])
+    summary.requests([finished(outcome=Outcome.CANCELLED)])
     clock.now += 100_000
     totals = summary.totals("qwen")
     assert (totals.requests, totals.processed, totals.rejected) == (5, 2, 2)
@@ -132,7 +134,7 @@ def test_uptime(summary: Summary, clock: Clock) -> None:
 
 def test_memory_is_bounded(summary: Summary) -> None:
     for _ in range(MAX_DURATIONS + 5):
-        summary(finished(alias="never heard of"))
+        summary.requests([finished(alias="never heard of")])
     assert len(summary._durations) == MAX_DURATIONS
     assert len(summary._models) == 3
 

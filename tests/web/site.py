@@ -153,19 +153,16 @@ class Site:
     nursery: trio.Nursery
     backend: Backend | None = None
     events: list[Event] = attrs.field(factory=list)
+    finished: list[RequestFinished] = attrs.field(factory=list)
+    """What became of the inference requests so far."""
 
     @property
     def model(self) -> Model:
         return self.registry.models["qwen"]
 
-    @property
-    def finished(self) -> list[RequestFinished]:
-        """What became of the inference requests so far."""
-        return [event for event in self.events if isinstance(event, RequestFinished)]
-
     async def told(self, count: int = 1, seconds: float = 5.0) -> list[RequestFinished]:
         """What became of so many requests; a client may have its last byte before that is told."""
-        await until(lambda: len(self.finished) >= count, seconds)
+        await until(lambda: not self.registry.events.settle() and len(self.finished) >= count, seconds)
         return self.finished
 
     @asynccontextmanager
@@ -194,6 +191,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     summary = Summary(config.models)
     metrics = Metrics(config.models, INFERENCE_PATHS, version="0")
     events.sinks += [summary, metrics]
+    events.request_sinks += [summary.requests, metrics.requests]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     app = create_app(config, registry, devices, events, streams=streams, metrics=metrics, summary=summary)
     plane = DataPlane(
@@ -220,9 +218,10 @@ async def open_site(
     registry, connections = wiring(config, events)
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
-        await nursery.start(connections.hangups.run)
+        await nursery.start(connections.watch)
         site = Site(registry, connections, nursery)
         events.sinks.append(site.events.append)
+        events.request_sinks.append(site.finished.extend)
         if script is not None:
             address = await stack.enter_async_context(listening(folder / "b.sock", script))
             site.backend = Backend(

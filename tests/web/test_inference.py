@@ -8,6 +8,7 @@ from trio_router.errors import (
     BackendTimeout,
     BackendUnavailable,
     InvalidJSON,
+    InvalidPriority,
     LoadTimeout,
     ModelFailed,
     QueueFull,
@@ -15,9 +16,11 @@ from trio_router.errors import (
     RouterError,
     ShuttingDown,
     UnknownModel,
+    UnsupportedMediaType,
 )
+from trio_router.fleet.scheduler import Priority
 from trio_router.telemetry.events import Outcome
-from trio_router.web.inference import InferenceRequest, first_values, outcome_of
+from trio_router.web.inference import Asked, outcome_of
 
 ALL = [found for _, found in inspect.getmembers(errors, inspect.isclass) if issubclass(found, RouterError)]
 
@@ -68,10 +71,17 @@ async def test_a_client_that_left():
 
 
 def test_the_first_of_several_headers_counts():
-    headers = [(b"X-Request-Priority", b"low"), (b"x-request-priority", b"high"), (b"A", b"\xff")]
-    request = InferenceRequest(
-        path="/x", target="/x", headers=headers, fields=first_values(headers), body=b"", request_id="r", arrived_at=0.0
-    )
-    assert request.header(b"x-request-priority") == "low"
-    assert request.header(b"a") == "\xff"
-    assert request.header(b"b") is None
+    asked = Asked.of("/x", "/x", [(b"x-request-priority", b"low"), (b"x-request-priority", b"high")])
+    assert (asked.priority, asked.problem) == (Priority.LOW, None)
+
+
+@pytest.mark.parametrize(
+    ("headers", "error"),
+    [
+        ([(b"x-request-priority", b"urgent")], InvalidPriority),
+        ([(b"x-request-priority", b"\xff")], InvalidPriority),
+        ([(b"content-encoding", b"gzip"), (b"x-request-priority", b"urgent")], UnsupportedMediaType),
+    ],
+)
+def test_a_head_that_cannot_be_answered(headers, error):
+    assert type(Asked.of("/x", "/x", headers).problem) is error

@@ -16,7 +16,16 @@ from trio_router.backend.connection import AnswerHead, BackendLost
 from trio_router.backend.health import expire_silent
 from trio_router.errors import BackendTimeout, BackendUnavailable
 from trio_router.fleet.scheduler import Lease
-from trio_router.web.relay import NOT_FORWARDED, TAIL_BYTES, Answer, Opened, Outgoing, error_event, request_head
+from trio_router.web.relay import (
+    NOT_FORWARDED,
+    TAIL_BYTES,
+    Answer,
+    Opened,
+    Outgoing,
+    error_event,
+    request_head,
+    request_start,
+)
 
 # --- request_head -----------------------------------------------------------------------------------
 
@@ -24,7 +33,7 @@ from trio_router.web.relay import NOT_FORWARDED, TAIL_BYTES, Answer, Opened, Out
 def forwarded(headers: list[tuple[bytes, bytes]], *, target: str = "/v1/x?a=b", key: str | None = None) -> Any:
     """What a parser that knows nothing of us reads in the head. Both ways in give names in lower case."""
     headers = [(name.lower(), value) for name, value in headers]
-    head = request_head(target, headers, 5, request_id="req_1", key=key)
+    head = request_head(request_start(target, headers), 5, request_id="req_1", key=key)
     parser = h11.Connection(h11.SERVER)
     parser.receive_data(head + b"12345")
     event = parser.next_event()
@@ -89,7 +98,7 @@ def test_whatever_a_client_sends_it_is_one_request(headers):
 
 def test_a_target_that_is_not_ascii_is_an_error_and_not_a_request():
     with pytest.raises(UnicodeEncodeError):
-        request_head("/ü", [], 0, request_id="x", key=None)
+        request_start("/ü", [])
 
 
 # --- error_event ------------------------------------------------------------------------------------
@@ -190,10 +199,10 @@ def answer_of(
     slot: Any = SimpleNamespace(backend=backend)
     kind = b"text/event-stream; charset=utf-8" if stream else b"application/json"
     head = AnswerHead(status=200, headers=[(b"content-type", kind), *(headers or [])])
-    opened: Any = Opened(connection=connection, head=head, first=first)  # type: ignore[arg-type]
+    opened: Any = Opened(connection, head, first)  # type: ignore[arg-type]
     made = Answer(
         endpoint=endpoint,
-        lease=Lease(slot, scheduler, 0.0),  # type: ignore[arg-type]
+        lease=Lease(slot, scheduler),  # type: ignore[arg-type]
         opened=opened,
         queue_seconds=1.2346,
     )
@@ -305,6 +314,7 @@ def test_what_a_stream_is(kind):
     made, _, _ = answer_of(stream=False)
     made.opened.head.headers[0] = (b"content-type", kind)
     assert made.is_stream
+    made, _, _ = answer_of(stream=False)
     made.opened.head.headers.clear()
     assert not made.is_stream
 
@@ -313,7 +323,7 @@ def test_what_a_stream_is(kind):
 
 
 def outgoing() -> Outgoing:
-    return Outgoing(target="/x", headers=[], body=b"{}", request_id="r")
+    return Outgoing(request_start("/x", []), b"{}", "r")
 
 
 async def attempt(sockets, script) -> Opened:

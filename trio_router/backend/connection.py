@@ -8,13 +8,19 @@ without its framing; several chunks that arrived together come out together.
 parser gets out of this module. A backend that neither takes nor says anything for `patience_seconds` is one too: not
 by a cancel scope around each read, which would cost as much as the read, but by `expire_silent`, which whoever owns
 the connections calls every now and then.
+
+llama-server's plain answers begin with the same bytes again and again but for the length. Such a head is parsed once,
+by llhttp like all others, and known by its bytes from then on.
 """
 
 import errno
 import math
 import os
+import re
+import select
 import socket
 import time
+from typing import Any, Final
 
 import attrs
 import httptools
@@ -49,6 +55,11 @@ HOP_BY_HOP = frozenset(
 
 Headers = list[tuple[bytes, bytes]]
 
+_END: Final = b"\r\n\r\n"
+_LENGTH: Final = re.compile(rb"\r\nContent-Length: ([0-9]{1,15})\r\n")
+_MOST_KNOWN: Final = 256
+_BODILESS: Final = frozenset({204, 304})
+
 
 class BackendLost(Exception):
     """Raised when the connection to a backend breaks, or carries something that is not HTTP.
@@ -64,12 +75,16 @@ class BackendLost(Exception):
         self.silent = silent
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(eq=False, kw_only=True)
 class AnswerHead:
     """The first part of an answer; names are lower case, hop-by-hop headers are gone."""
 
     status: int
     headers: Headers
+    length: int | None = None
+    """Of the body, bytes, where the answer says so beforehand."""
+    memo: dict[str, Any] = attrs.field(factory=dict)
+    """For whoever passes answers on: shared by all whose heads are the same but for the length."""
 
     def get(self, name: bytes) -> bytes | None:
         """The first value of `name` (lower case), or None."""
@@ -77,8 +92,23 @@ class AnswerHead:
 
 
 @attrs.define(eq=False)
+class _Kind:
+    """Heads that are the same but for the length."""
+
+    status: int
+    before: Headers
+    after: Headers
+    """Headers before and after the length."""
+    memo: dict[str, Any] = attrs.field(factory=dict)
+
+
+_known: Final[dict[tuple[bytes, bytes], _Kind]] = {}
+"""By their bytes before and after the length. All of them are llama-server's, so they are few."""
+
+
+@attrs.define(eq=False)
 class _Reading:
-    """What the parser has told us of the answer at hand."""
+    """What we know of the answer at hand: by its bytes, or because the parser has told us."""
 
     status: int = 0
     headers: Headers = attrs.field(factory=list)
@@ -92,10 +122,67 @@ class _Reading:
     done: bool = False
     extra: bool = False
     """Something came after the end: the connection cannot be trusted with another request."""
-    parser: httptools.HttpResponseParser = attrs.field(init=False)
+    head: AnswerHead | None = None
+    left: int = 0
+    """Bytes of the body to come, of an answer whose head was known."""
+    parser: httptools.HttpResponseParser | None = None
 
-    def __attrs_post_init__(self) -> None:
-        self.parser = httptools.HttpResponseParser(self)
+    def recognise(self, data: bytes) -> bool:
+        """Take the first bytes of an answer, if its head is one we know."""
+        end = data.find(_END)
+        if end < 0 or (length := _LENGTH.search(data, 0, end + 2)) is None:
+            return False
+        kind = _known.get((data[: length.start(1)], data[length.end(1) : end]))
+        if kind is None:
+            return False
+        digits = length[1]
+        self.left = int(digits)
+        self.head = AnswerHead(
+            status=kind.status,
+            headers=[*kind.before, (b"content-length", digits), *kind.after],
+            length=self.left,
+            memo=kind.memo,
+        )
+        self.head_done = self.keep_alive = True
+        self.done = not self.left
+        if len(data) > end + len(_END):
+            self.take(data[end + len(_END) :])
+        return True
+
+    def take(self, data: bytes) -> None:
+        """Take more bytes of an answer whose head was known."""
+        if len(data) > self.left:
+            self.extra = True
+            data = data[: self.left]
+        if data:
+            self.left -= len(data)
+            self.body.append(data)
+            self.done = not self.left
+
+    def feed(self, data: bytes) -> None:
+        """Have the parser take more bytes. Raises httptools' errors."""
+        if self.parser is None:
+            self.parser = httptools.HttpResponseParser(self)
+            self.parser.feed_data(data)
+            self._get_to_know(data)
+        else:
+            self.parser.feed_data(data)
+
+    def _get_to_know(self, data: bytes) -> None:
+        """Remember the head that `data`, the first bytes of an answer, begins with, if it is a plain one."""
+        end = data.find(_END)
+        if end < 0 or not self.head_done or not self.keep_alive or self.status < 200 or self.status in _BODILESS:
+            return
+        names = [name for name, _ in self.headers]
+        length = _LENGTH.search(data, 0, end + 2)
+        if length is None or b"transfer-encoding" in names or names.count(b"content-length") != 1:
+            return
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        headers = kept(self.headers)
+        place = [name for name, _ in headers].index(b"content-length")
+        kind = _Kind(self.status, headers[:place], headers[place + 1 :])
+        _known[data[: length.start(1)], data[length.end(1) : end]] = kind
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.head_done:  # a trailer, which is no header (RFC 9110 section 6.5.1), or part of something extra
@@ -106,7 +193,7 @@ class _Reading:
         self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if not self.head_done:
+        if self.parser is not None and not self.head_done:
             self.head_done = True
             self.status = self.parser.get_status_code()
             self.keep_alive = self.parser.should_keep_alive()
@@ -122,6 +209,12 @@ class _Reading:
         self.done = True
 
 
+def kept(headers: Headers) -> Headers:
+    """`headers` without those that concern the connection alone."""
+    listed = {name.strip().lower() for key, value in headers if key == b"connection" for name in value.split(b",")}
+    return [(key, value) for key, value in headers if key not in HOP_BY_HOP and key not in listed]
+
+
 @attrs.define(eq=False)
 class Connection:
     """A connection and the state of the exchange on it.
@@ -132,6 +225,8 @@ class Connection:
 
     _sock: socket.socket
     """Non-blocking."""
+    _news: select.poll = attrs.field(init=False, repr=False)
+    """Whether there is anything to read, asked without reading."""
     _reading: _Reading = attrs.field(factory=_Reading)
     _idle_since: float | None = None
     """When the last exchange ended, `time.monotonic`; None while one is under way."""
@@ -144,10 +239,16 @@ class Connection:
     _burst: int = 0
     patience_seconds: float = math.inf
     """Longest silence of the backend while we wait for it."""
-    _expires_at: float = math.inf
-    """Trio time at which the wait under way has been long enough; infinite while there is none."""
+    _waiting: bool = False
+    """Whether we wait for the backend."""
+    _quiet_since: float | None = None
+    """Trio time at which `expire_silent` first saw the wait under way."""
     expired: bool = False
     closed: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self._news = select.poll()
+        self._news.register(self._sock, select.POLLIN)
 
     @classmethod
     async def open(cls, address: Address) -> "Connection":
@@ -184,13 +285,7 @@ class Connection:
         """Whether another request may be sent: the last exchange ended well, not long ago, and nothing came since."""
         if self.closed or self._idle_since is None or time.monotonic() - self._idle_since > MAX_IDLE_SECONDS:
             return False
-        try:
-            self._sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False  # closed by the backend, or it spoke out of turn
+        return not self._news.poll(0)  # else it was closed by the backend, or that spoke out of turn
 
     @property
     def complete(self) -> bool:
@@ -205,7 +300,13 @@ class Connection:
         self._reading = _Reading()
         try:
             if len(body) <= READ_BYTES:
-                await self._send(head + body)
+                data = head + body
+                try:
+                    count = self._sock.send(data)
+                except BlockingIOError:
+                    count = 0
+                if count < len(data):
+                    await self._send(data[count:])
             else:
                 await self._send(head)
                 await self._send(body)
@@ -220,9 +321,9 @@ class Connection:
                 count = self._sock.send(rest[:BURST_BYTES])
             except BlockingIOError:
                 self._burst = 0
-                self._expires_at = trio.current_time() + self.patience_seconds
+                self._waiting = True
                 await trio.lowlevel.wait_writable(self._sock)
-                self._expires_at = math.inf
+                self._waiting, self._quiet_since = False, None
             else:
                 rest = rest[count:]
                 await self._pace(count)
@@ -239,24 +340,31 @@ class Connection:
         return BackendLost(message, stale=stale)
 
     def expire_silent(self, now: float) -> None:
-        """Close, if the backend has been silent for longer than it may at trio time `now`."""
-        if self._expires_at < now and not self.closed:
-            self.expired = True
-            self.close()
+        """Close, if the backend has been silent for longer than it may at trio time `now`.
+
+        A silence counts from the first time that this sees it, so that no wait has to look at the clock.
+        """
+        if self._waiting and not self.closed:
+            if self._quiet_since is None:
+                self._quiet_since = now
+            elif now - self._quiet_since >= self.patience_seconds:
+                self.expired = True
+                self.close()
 
     async def receive_head(self) -> AnswerHead:
         """The answer's status and headers. Raises BackendLost."""
         reading = self._reading
         while not reading.head_done:
             await self._read()
-        if reading.status < 200:
-            self.close()
-            raise BackendLost(f"answered with status {reading.status}")
-        listed = {
-            name.strip().lower() for key, value in reading.headers if key == b"connection" for name in value.split(b",")
-        }
-        kept = [(key, value) for key, value in reading.headers if key not in HOP_BY_HOP and key not in listed]
-        return AnswerHead(status=reading.status, headers=kept)
+        if reading.head is None:
+            if reading.status < 200:
+                self.close()
+                raise BackendLost(f"answered with status {reading.status}")
+            reading.head = AnswerHead(status=reading.status, headers=kept(reading.headers))
+            length = reading.head.get(b"content-length")
+            if length is not None and length.isdigit():
+                reading.head.length = int(length)
+        return reading.head
 
     async def receive(self) -> bytes:
         """The next piece of the body as it came, b"" at its end. Raises BackendLost."""
@@ -278,19 +386,25 @@ class Connection:
             while True:
                 if not self._more:
                     self._burst = 0
-                    self._expires_at = trio.current_time() + self.patience_seconds
+                    self._waiting = True
                     await trio.lowlevel.wait_readable(self._sock)
-                    self._expires_at = math.inf
+                    self._waiting, self._quiet_since = False, None
                 try:
                     data = self._sock.recv(READ_BYTES)
                     break
                 except BlockingIOError:
                     self._more = False
             self._more = len(data) >= BULK_BYTES
-            await self._pace(len(data))
+            self._burst += len(data)
+            if self._burst >= BURST_BYTES:
+                await self._pace(0)
         except (OSError, trio.ClosedResourceError) as error:
             self.close()
             raise self._broke("the connection broke", stale=self._reused and not self._answered) from error
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Understand what was read; nothing is the end. Raises BackendLost."""
         if not data:
             self.close()
             raise BackendLost(
@@ -298,16 +412,23 @@ class Connection:
                 + ("in the middle of an answer" if self._answered else "without an answer"),
                 stale=self._reused and not self._answered,
             )
+        reading = self._reading
+        if reading.parser is None:
+            if reading.head is not None:
+                reading.take(data)
+                return
+            if not self._answered and reading.recognise(data):
+                self._answered = True
+                return
         self._answered = True
         try:
-            self._reading.parser.feed_data(data)
+            reading.feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if self._reading.done:  # bytes after a complete answer: that one stands, the connection goes
-                self._reading.extra = True
+            if reading.done:  # bytes after a complete answer: that one stands, the connection goes
+                reading.extra = True
                 return
             self.close()
             raise BackendLost(f"answered with something that is not HTTP ({error})") from error
-        reading = self._reading
         reading.barren_bytes = 0 if reading.body or reading.done else reading.barren_bytes + len(data)
         if reading.barren_bytes > MAX_HEAD_BYTES:
             self.close()

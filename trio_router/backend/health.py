@@ -78,7 +78,7 @@ async def expire_silent(backend: Backend) -> None:
     most a tenth of what is allowed.
     """
     while True:
-        await trio.sleep(min(1.0, backend.patience_seconds / 10))
+        await trio.sleep(min(1.0, backend.patience_seconds / 20))
         now = trio.current_time()
         for slot in backend.slots:
             if slot.connection is not None:

@@ -29,7 +29,7 @@ from trio_router.fleet.model import Model
 from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decide
 from trio_router.fleet.scheduler import Lease, Priority, Scheduler, Ticket
 from trio_router.memory.devices import DeviceMonitor
-from trio_router.telemetry.events import Events, LeaseGranted, ServerChanged, Unloaded, UnloadReason
+from trio_router.telemetry.events import Events, ServerChanged, Unloaded, UnloadReason
 from trio_router.telemetry.facts import FleetFacts
 
 log = structlog.get_logger("trio_router.fleet")
@@ -126,12 +126,10 @@ class Registry:
             ) from None
 
     def ticket(self, alias: str, priority: Priority) -> Ticket:
-        """A place in the order for a request that arrives now. Raises UnknownModel, ShuttingDown, ModelFailed."""
-        model = self.model(alias)
-        self._admit(model)
+        """A place in the order for a request that arrives now. Raises UnknownModel."""
         now = trio.current_time()
         return Ticket(
-            alias=alias,
+            alias=self.model(alias).alias,
             priority=priority,
             arrived_at=now,
             deadline=now + self.config.system.queue_timeout_sec,
@@ -145,10 +143,7 @@ class Registry:
         """
         model = self.model(ticket.alias)
         self._admit(model)
-        lease = await model.scheduler.acquire(ticket)
-        waited = lease.granted_at - ticket.arrived_at
-        self.events.emit(LeaseGranted(alias=ticket.alias, priority=ticket.priority.label, waited_seconds=waited))
-        return lease
+        return await model.scheduler.acquire(ticket)
 
     def _admit(self, model: Model) -> None:
         if self.draining:

@@ -4,9 +4,9 @@ A request takes a *ticket* and waits in a heap ordered by the ticket's key: the 
 seconds for each step its priority is below high. The key never changes, so a heap is enough, and yet a low
 request that has waited two `aging` overtakes a high one that has just come: nobody waits for ever (linear aging).
 
-Hand-over is synchronous. Whoever frees a slot puts a lease into the channel of the first waiter, whose capacity
-of one means that this never blocks; a waiter that is cancelled looks into its channel once more and gives back
-what it finds. So a lease is in exactly one pair of hands at any time, and is released exactly once.
+Hand-over is synchronous. Whoever frees a slot wakes the first waiter's task with a lease, as its result. Trio asks a
+task that is cancelled before it was woken to give up (`_Waiter.abort`), and never one that was woken already. So a
+lease is in exactly one pair of hands at any time, and is released exactly once.
 
 The queue outlives backends: `open` brings a backend's slots, `close` takes them away; leases on a lost backend
 are released into nothing. `statistics()` is `IDLE` when nobody waits and nobody holds.
@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable
 
 import attrs
+import outcome
 import trio
 
 from trio_router.backend.backend import Backend, Slot
@@ -37,7 +38,7 @@ class Priority(enum.Enum):
         return self.name.lower()
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(eq=False, kw_only=True)
 class Ticket:
     """A request's place in the order of things; kept when the request is queued again."""
 
@@ -51,6 +52,8 @@ class Ticket:
     """Smaller is served earlier."""
     requeued: bool = False
     """Whether it was admitted before: the queue's bound does not apply again."""
+    granted_at: float | None = None
+    """Trio time at which it got a slot, the last one if there were several."""
 
 
 @attrs.frozen(kw_only=True)
@@ -75,7 +78,6 @@ class Lease:
 
     slot: Slot
     _scheduler: "Scheduler"
-    granted_at: float
     released: bool = False
 
     def release(self) -> None:
@@ -88,8 +90,14 @@ class Lease:
 @attrs.define(eq=False)
 class _Waiter:
     ticket: Ticket
-    offer: trio.MemorySendChannel[Lease | RouterError]
+    task: trio.lowlevel.Task
+    scheduler: "Scheduler"
     gone: bool = False
+
+    def abort(self, _: object) -> trio.lowlevel.Abort:
+        """Cancelled, or out of time, before there was a slot."""
+        self.scheduler._left(self)  # noqa: SLF001  (the two are one mechanism)
+        return trio.lowlevel.Abort.SUCCEEDED
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -146,10 +154,11 @@ class Scheduler:
     async def acquire(self, ticket: Ticket) -> Lease:
         """Wait for a slot. Raises QueueFull, QueueTimeout, or what `refuse` was told.
 
-        *Cancellation.* Leaves nothing behind. A free slot with nobody before us is taken without a checkpoint.
+        *Cancellation.* Leaves nothing behind. A free slot is taken without a checkpoint. A waiter that was given a slot
+        and is cancelled before it runs has it still: it ends at its next await.
         """
-        if self._free and not self._heap:
-            return self._grant(self._free.pop())
+        if self._free:  # and so nobody waits
+            return self._grant(ticket, self._free.pop())
         # while no backend is open its slots are still to come: those who will get them do not wait for each other
         room = self.max_waiting + (self.slots if self.backend is None else 0)
         if not ticket.requeued and self.waiting >= room:
@@ -158,47 +167,32 @@ class Scheduler:
                 param="model",
                 details={"model": self.alias, "queued": self.waiting},
             )
-        offer, offered = trio.open_memory_channel[Lease | RouterError](1)
-        waiter = _Waiter(ticket, offer)
+        waiter = _Waiter(ticket, trio.lowlevel.current_task(), self)
         heapq.heappush(self._heap, (ticket.key, next(self._order), waiter))
         self._waiting[ticket.priority] += 1
         self.changed()
-        self._dispatch()
         if self.backend is None:
             self.demand()
-        try:
-            with trio.fail_at(ticket.deadline):
-                offer_taken = await offered.receive()
-        except BaseException as error:
-            self._leave(waiter, offered)
-            if isinstance(error, trio.TooSlowError):
-                waited = trio.current_time() - ticket.arrived_at
-                raise QueueTimeout(
-                    f"no slot of model {self.alias!r} became free within {waited:.1f} s",
-                    param="model",
-                    details={"model": self.alias, "queued": self.waiting},
-                ) from None
-            raise
-        if isinstance(offer_taken, RouterError):
-            raise offer_taken.again()
-        return offer_taken
+        with trio.CancelScope(deadline=ticket.deadline):
+            lease: Lease = await trio.lowlevel.wait_task_rescheduled(waiter.abort)
+            return lease
+        waited = trio.current_time() - ticket.arrived_at
+        raise QueueTimeout(
+            f"no slot of model {self.alias!r} became free within {waited:.1f} s",
+            param="model",
+            details={"model": self.alias, "queued": self.waiting},
+        )
 
-    def _leave(self, waiter: _Waiter, offered: trio.MemoryReceiveChannel[Lease | RouterError]) -> None:
-        """The waiter gives up; what was put into its channel in the meantime goes back."""
-        try:
-            taken = offered.receive_nowait()
-        except trio.WouldBlock:
-            waiter.gone = True
-            self._gone += 1
-            self._waiting[waiter.ticket.priority] -= 1
-            self.changed()
-            if self._gone > len(self._heap) // 2:
-                self._heap = [entry for entry in self._heap if not entry[2].gone]
-                heapq.heapify(self._heap)
-                self._gone = 0
-        else:
-            if isinstance(taken, Lease):
-                taken.release()
+    def _left(self, waiter: _Waiter) -> None:
+        """The waiter gives up."""
+        waiter.gone = True
+        self._gone += 1
+        self._waiting[waiter.ticket.priority] -= 1
+        self.changed()
+        if self._gone > len(self._heap) // 2:
+            self._heap = [entry for entry in self._heap if not entry[2].gone]
+            heapq.heapify(self._heap)
+            self._gone = 0
         if self.backend is None:
             self.demand()
 
@@ -221,7 +215,7 @@ class Scheduler:
         for _, _, waiter in heap:
             if not waiter.gone:
                 self._waiting[waiter.ticket.priority] -= 1
-                waiter.offer.send_nowait(error)
+                trio.lowlevel.reschedule(waiter.task, outcome.Error(error.again()))
         self.changed()
 
     async def until_no_lease(self) -> None:
@@ -233,10 +227,11 @@ class Scheduler:
 
     # --- the mechanism ----------------------------------------------------------------------------
 
-    def _grant(self, slot: Slot) -> Lease:
+    def _grant(self, ticket: Ticket, slot: Slot) -> Lease:
         self.active += 1
+        ticket.granted_at = trio.current_time()
         self.changed()
-        return Lease(slot, self, trio.current_time())
+        return Lease(slot, self)
 
     def _released(self, lease: Lease) -> None:
         self.active -= 1
@@ -258,7 +253,7 @@ class Scheduler:
                 return
             waiter = heapq.heappop(self._heap)[2]
             self._waiting[waiter.ticket.priority] -= 1
-            waiter.offer.send_nowait(self._grant(self._free.pop()))
+            trio.lowlevel.reschedule(waiter.task, outcome.Value(self._grant(waiter.ticket, self._free.pop())))
 
     def _drop_gone(self) -> None:
         while self._heap and self._heap[0][2].gone:

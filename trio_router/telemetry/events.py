@@ -1,13 +1,23 @@
 """What happened, told once to every sink.
 
 The rooms that decide emit these; metrics, status streams and logs listen. A sink is called synchronously in
-the trio thread, must not block and must not raise: one that raises is a bug and ends the request it was told of.
+the trio thread, must not block and must not raise: one that raises is a bug.
+
+What became of a request is told apart from the rest, and a little later, many at a time: reading an answer's token
+counts, counting it and writing its line takes longer than passing it on, and would stand between two requests.
 """
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import attrs
+import trio
+
+SETTLE_SECONDS: Final = 0.01
+"""How long after the first of them requests that ended are told of."""
+SETTLE_AT_ONCE: Final = 32
+"""How many of them before others get their turn: about a millisecond's work."""
 
 
 class Outcome(enum.Enum):
@@ -20,10 +30,9 @@ class Outcome(enum.Enum):
     TIMEOUT = "timeout"
     BACKEND_ERROR = "backend_error"
 
-    @property
-    def timed(self) -> bool:
+    def __init__(self, value: str) -> None:
+        self.timed = value in {"ok", "timeout", "backend_error"}
         """Whether how long it took says how fast we are: refusals are quick, and a client leaves when it likes."""
-        return self in {Outcome.OK, Outcome.TIMEOUT, Outcome.BACKEND_ERROR}
 
 
 class LoadResult(enum.Enum):
@@ -107,21 +116,17 @@ class BackendRestarted:
     alias: str
 
 
-@attrs.frozen(kw_only=True)
-class LeaseGranted:
-    """A request got a slot after `waited_seconds`."""
-
-    alias: str
-    priority: str
-    waited_seconds: float
-
-
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class RequestFinished:
     """A request of an inference endpoint ended; fields it never reached are None.
 
-    `alias` is None when the request named no model of ours. Times are seconds.
+    `alias` is None when the request named no model of ours. Times are seconds. Not frozen: making one would take
+    five times as long, and one is made for every request.
     """
+
+    request_id: str
+    finished_at: float
+    """Unix time."""
 
     alias: str | None
     endpoint: str
@@ -130,8 +135,12 @@ class RequestFinished:
     status: int
     code: str | None
     duration_seconds: float
+    waited_seconds: float | None = None
+    """From its place in the queue to its last slot; None when it got none."""
     queue_seconds: float | None = None
     """From its arrival to its slot; None when no answer of a backend began."""
+    incarnation: int | None = None
+    """Of the backend that answered."""
     first_byte_seconds: float | None = None
     first_token_seconds: float | None = None
     seconds_per_output_token: float | None = None
@@ -140,18 +149,10 @@ class RequestFinished:
     cached_tokens: int | None = None
 
 
-Event = (
-    ModelChanged
-    | ServerChanged
-    | LoadFinished
-    | Unloaded
-    | BackendExited
-    | BackendRestarted
-    | LeaseGranted
-    | RequestFinished
-)
+Event = ModelChanged | ServerChanged | LoadFinished | Unloaded | BackendExited | BackendRestarted
 
 Sink = Callable[[Event], None]
+RequestSink = Callable[[Sequence[RequestFinished]], None]
 
 
 @attrs.define(eq=False)
@@ -159,8 +160,39 @@ class Events:
     """The one place events pass through."""
 
     sinks: list[Sink] = attrs.field(factory=list)
+    request_sinks: list[RequestSink] = attrs.field(factory=list)
+    """Told of requests that ended, oldest first."""
+    _ended: list[Callable[[], RequestFinished]] = attrs.field(factory=list)
+    _some: trio.Event | None = None
 
     def emit(self, event: Event) -> None:
         """Tell every sink, in the order they were added."""
         for sink in self.sinks:
             sink(event)
+
+    def ended(self, tell: Callable[[], RequestFinished]) -> None:
+        """A request ended; `tell` says how, when there is time for it."""
+        self._ended.append(tell)
+        if self._some is not None:
+            self._some.set()
+            self._some = None
+
+    def settle(self, most: int | None = None) -> bool:
+        """Tell of up to `most` requests that ended; whether there are more. Whoever shows numbers calls this first."""
+        if self._ended:
+            batch, self._ended = self._ended[:most], self._ended[most:] if most is not None else []
+            told = [tell() for tell in batch]
+            for sink in self.request_sinks:
+                sink(told)
+        return bool(self._ended)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Tell of requests that ended, a few at a time, until cancelled."""
+        task_status.started()
+        while True:
+            if not self._ended:
+                self._some = trio.Event()
+                await self._some.wait()
+                await trio.sleep(SETTLE_SECONDS)
+            self.settle(SETTLE_AT_ONCE)
+            await trio.lowlevel.checkpoint()

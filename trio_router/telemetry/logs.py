@@ -1,9 +1,15 @@
 """Logs: one line an event, on standard error, for people or for machines."""
 
+import functools
+import json
 import logging
 import sys
+import time
+from collections.abc import Sequence
 
 import structlog
+
+from trio_router.telemetry.events import RequestFinished, RequestSink
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -30,7 +36,10 @@ def _shown(value: object) -> str:
 
 
 def configure_logs(log_format: str, level: str) -> None:
-    """Set up structlog: `log_format` is text or json, `level` one of `LEVELS`. Libraries speak from warning on."""
+    """Set up structlog: `log_format` is text or json, `level` one of `LEVELS`. Libraries speak from warning on.
+
+    `request_log` goes with it.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -49,3 +58,60 @@ def configure_logs(log_format: str, level: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s [%(levelname)s] %(name)s: %(message)s"
     )
+
+
+def request_log(log_format: str, level: str) -> RequestSink | None:
+    """A sink that writes a line for each request that ended, as structlog would; None if `level` says not to.
+
+    All of a batch go out at once: a line that goes through structlog takes 50 µs, half of what a request may cost.
+    """
+    if LEVELS[level] > logging.INFO:
+        return None
+    render = _request_as_json if log_format == "json" else _request_as_text
+
+    def write(ended: Sequence[RequestFinished]) -> None:
+        sys.stderr.write("".join([render(event) for event in ended]))
+        sys.stderr.flush()
+
+    return write
+
+
+def _request_as_text(event: RequestFinished) -> str:
+    names = ""
+    if event.alias is not None:
+        names += f" model={_shown(event.alias)}"
+    if event.priority is not None:
+        names += f" priority={event.priority}"
+    incarnation = "" if event.incarnation is None else f" incarnation={event.incarnation}"
+    return (
+        f"{_iso(event.finished_at)} [info   ] request id={_shown(event.request_id)} path={_shown(event.endpoint)}{names}"
+        f" outcome={event.outcome.value} status={event.status} seconds={round(event.duration_seconds, 4)}{incarnation}\n"
+    )
+
+
+def _request_as_json(event: RequestFinished) -> str:
+    said = {
+        "id": event.request_id,
+        "path": event.endpoint,
+        "model": event.alias,
+        "priority": event.priority,
+        "outcome": event.outcome.value,
+        "status": event.status,
+        "seconds": round(event.duration_seconds, 4),
+        "incarnation": event.incarnation,
+        "event": "request",
+        "level": "info",
+        "timestamp": _iso(event.finished_at),
+    }
+    return json.dumps(said) + "\n"
+
+
+def _iso(seconds: float) -> str:
+    """A Unix time as structlog writes it: UTC, with microseconds."""
+    whole = int(seconds)
+    return f"{_second(whole)}.{int((seconds - whole) * 1e6):06d}Z"
+
+
+@functools.lru_cache(maxsize=2)
+def _second(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))

@@ -9,7 +9,7 @@ A sink, in the trio thread. `render` works in a thread of its own, because a lar
 
 import functools
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, TypeVar
 
 import trio
@@ -29,7 +29,6 @@ from trio_router.telemetry.events import (
     BackendRestarted,
     Event,
     ExitKind,
-    LeaseGranted,
     LoadFinished,
     LoadResult,
     Outcome,
@@ -68,6 +67,8 @@ class Metrics:
         self._aliases, self._endpoints = frozenset(aliases), frozenset(endpoints)
         self._state = StateGauges()
         self._thread = trio.CapacityLimiter(1)
+        self._kinds: dict[tuple[str | None, str, Outcome], tuple[str, Counter]] = {}
+        """Label and counter of each kind of request. They are few: one is only told of when its path is one of ours."""
 
         def counter(name: str, text: str, *labels: str) -> Callable[..., Counter]:
             return _children(Counter(f"router_{name}_total", text, labels, registry=registry))
@@ -128,10 +129,6 @@ class Metrics:
     def __call__(self, event: Event) -> None:
         """Count it."""
         match event:
-            case RequestFinished():
-                self._finished(event)
-            case LeaseGranted():
-                self._wait(self._model(event.alias), event.priority).observe(event.waited_seconds)
             case LoadFinished():
                 model = self._model(event.alias)
                 self._loads(model, event.result.value).inc()
@@ -146,6 +143,11 @@ class Metrics:
             case _:  # a change of state: gauges show it
                 pass
 
+    def requests(self, ended: Sequence[RequestFinished]) -> None:
+        """Count requests that ended."""
+        for event in ended:
+            self._finished(event)
+
     def _model(self, alias: str | None) -> str:
         return alias if alias in self._aliases and alias is not None else UNKNOWN
 
@@ -154,22 +156,30 @@ class Metrics:
         return bare if bare in self._endpoints else OTHER
 
     def _finished(self, event: RequestFinished) -> None:
-        model = self._model(event.alias)
-        status = "success" if event.outcome is Outcome.OK else "error"
-        self._requests(model, self._endpoint(event.endpoint), status, event.outcome.value).inc()
-        if event.outcome.timed:
+        outcome = event.outcome
+        kind = (event.alias, event.endpoint, outcome)
+        known = self._kinds.get(kind)
+        if known is None:
+            model = self._model(event.alias)
+            status = "success" if outcome is Outcome.OK else "error"
+            requests = self._requests(model, self._endpoint(event.endpoint), status, outcome.value)
+            known = self._kinds[kind] = (model, requests)
+        model, requests = known
+        requests.inc()
+        if event.waited_seconds is not None and event.priority is not None:
+            self._wait(model, event.priority).observe(event.waited_seconds)
+        if outcome.timed:
             self._duration(model).observe(event.duration_seconds)
         if event.first_token_seconds is not None:
             self._first_token(model).observe(event.first_token_seconds)
         if event.seconds_per_output_token is not None:
             self._per_token(model).observe(event.seconds_per_output_token)
-        for kind, tokens in (
-            ("input", event.input_tokens),
-            ("output", event.output_tokens),
-            ("cached", event.cached_tokens),
-        ):
-            if tokens:
-                self._tokens(model, kind).inc(tokens)
+        if event.input_tokens:
+            self._tokens(model, "input").inc(event.input_tokens)
+        if event.output_tokens:
+            self._tokens(model, "output").inc(event.output_tokens)
+        if event.cached_tokens:
+            self._tokens(model, "cached").inc(event.cached_tokens)
 
     # --- scrapes ----------------------------------------------------------------------------------
 

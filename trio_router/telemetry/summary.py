@@ -76,8 +76,6 @@ class Summary:
     def __call__(self, event: Event) -> None:
         """Take note."""
         match event:
-            case RequestFinished():
-                self._finished(event)
             case LoadFinished(alias=alias, result=LoadResult.OK):
                 self._of(alias).availability.mark(self.clock(), up=True)
             case BackendExited(alias=alias, kind=kind) if kind is not ExitKind.STOPPED:
@@ -86,6 +84,12 @@ class Summary:
                 self._of(alias).availability.mark(self.clock(), up=None)
             case _:
                 pass
+
+    def requests(self, ended: Sequence[RequestFinished]) -> None:
+        """Take note of requests that ended."""
+        now = self.clock()
+        for event in ended:
+            self._finished(event, now)
 
     # --- what is asked of it ----------------------------------------------------------------------
 
@@ -121,16 +125,15 @@ class Summary:
     def _of(self, alias: str | None) -> _OfModel:
         return self._models.get(alias) or self._models[None]
 
-    def _finished(self, event: RequestFinished) -> None:
-        now = self.clock()
+    def _finished(self, event: RequestFinished, now: float) -> None:
         model = self._of(event.alias)
         model.totals.requests += 1
         if event.queue_seconds is not None:
             model.totals.processed += 1
         elif event.outcome in {Outcome.REJECTED, Outcome.TIMEOUT}:
             model.totals.rejected += 1
-        for window in (model.minute, model.hour):
-            _count(window.at(now), event)
+        _count(model.minute.at(now), event)
+        _count(model.hour.at(now), event)
         if event.outcome.timed:
             self._durations.append((now, event.duration_seconds))
 

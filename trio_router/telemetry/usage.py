@@ -11,9 +11,10 @@ still llama-server's word and nothing more: what is odd is left out, and nothing
 
 import math
 import re
-from typing import Final
+from typing import Annotated, Final
 
 import attrs
+import msgspec
 
 HEAD_BYTES: Final = 2048
 """How much of an answer's beginning is looked at."""
@@ -31,7 +32,7 @@ _NUMBER: Final = re.compile(
 )
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Usage:
     """What llama-server said of one answer; None where it said nothing."""
 
@@ -48,11 +49,55 @@ class Usage:
 NOTHING: Final = Usage()
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=10**15)]
+_Time = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: _Count | None = None
+
+
+class _Tokens(msgspec.Struct):
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
+    cache_read_input_tokens: _Count | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+
+
+class _Timings(msgspec.Struct):
+    cache_n: _Count | None = None
+    prompt_n: _Count | None = None
+    predicted_n: _Count | None = None
+    prompt_ms: _Time | None = None
+    predicted_ms: _Time | None = None
+    predicted_per_token_ms: _Time | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _Tokens | None = None
+    timings: _Timings | None = None
+
+
+_ANSWER: Final = msgspec.json.Decoder(_Answer)
+
+
 def usage_of(head: bytes, tail: bytes) -> Usage:
     """The usage in an answer that begins with `head` and ends with `tail`; they may overlap. Never raises.
 
-    Of numbers that are told several times the last counts.
+    Of numbers that are told several times the last counts. A small answer that is one JSON object is parsed, which
+    takes a tenth of the time that a search does.
     """
+    if len(head) < HEAD_BYTES and len(tail) <= len(head):
+        if b'"usage"' not in head and b'"timings"' not in head:
+            return NOTHING
+        if head.startswith(b"{"):
+            try:
+                return _told(_ANSWER.decode(head))
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                pass  # cut off, not as we know it, or more than one object: whatever can be found then
     said: dict[bytes, float] = {}
     for piece in (tail,) if tail.startswith(head) else (head, tail):
         for name in _NAMES:
@@ -62,6 +107,34 @@ def usage_of(head: bytes, tail: bytes) -> Usage:
                     _note(found[1], said)
                 at = piece.find(name, at + len(name))
     return _read(said) if said else NOTHING
+
+
+def _told(answer: _Answer) -> Usage:
+    """The same as `_read` makes of what a search finds."""
+    usage, timings = answer.usage, answer.timings
+    found = Usage()
+    if usage is not None:
+        details = usage.prompt_tokens_details or usage.input_tokens_details
+        whole = usage.prompt_tokens
+        if whole is None and usage.input_tokens is not None:
+            whole = usage.input_tokens + (usage.cache_read_input_tokens or 0)
+        found.input_tokens = whole
+        found.output_tokens = usage.output_tokens if usage.completion_tokens is None else usage.completion_tokens
+        found.cached_tokens = usage.cache_read_input_tokens if details is None else details.cached_tokens
+    if timings is not None:
+        if found.input_tokens is None and timings.prompt_n is not None:
+            found.input_tokens = timings.prompt_n + (timings.cache_n or 0)
+        if found.output_tokens is None:
+            found.output_tokens = timings.predicted_n
+        if found.cached_tokens is None:
+            found.cached_tokens = timings.cache_n
+        if timings.prompt_ms is not None:
+            found.prompt_seconds = timings.prompt_ms / 1000
+        if timings.predicted_per_token_ms:
+            found.seconds_per_output_token = timings.predicted_per_token_ms / 1000
+        elif timings.predicted_n and timings.predicted_ms:
+            found.seconds_per_output_token = timings.predicted_ms / timings.predicted_n / 1000
+    return found
 
 
 def _begins_a_member(piece: bytes, at: int) -> bool:

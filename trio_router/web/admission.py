@@ -4,6 +4,7 @@ import functools
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import re
 import secrets
 from typing import Final
@@ -52,7 +53,11 @@ PRIORITIES: Final = {priority.label: priority for priority in Priority}
 
 def request_id(sent: str | None) -> str:
     """The client's own id if it is one (up to 128 visible ASCII characters), else a new one."""
-    return sent if sent is not None and REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(12)}"
+    return sent if sent is not None and REQUEST_ID.fullmatch(sent) else f"req_{_RUN}{next(_numbers):012x}"
+
+
+_RUN: Final = secrets.token_hex(6)
+_numbers: Final = itertools.count(secrets.randbits(40))
 
 
 def priority(sent: str | None) -> Priority:
@@ -101,7 +106,7 @@ def read_wish(body: bytes | bytearray) -> Wish:
     if found.model is msgspec.UNSET:
         raise MissingModel("the body has no field `model`", param="model")
     try:
-        model = msgspec.json.decode(found.model, type=str)
+        model = _MODEL.decode(found.model)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MissingModel(
             f"`model` is {shown(bytes(found.model)[:200].decode('utf-8', 'replace'))}; it must be a string",
@@ -111,6 +116,7 @@ def read_wish(body: bytes | bytearray) -> Wish:
 
 
 _BODY: Final = msgspec.json.Decoder(_Body)
+_MODEL: Final = msgspec.json.Decoder(str)
 
 
 @attrs.define

@@ -6,6 +6,7 @@ and put into a response.
 
 import re
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import cast
 from urllib.parse import unquote
 
@@ -31,7 +32,7 @@ from trio_router.web import logs, models, monitoring, openapi
 from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
-from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Exchange, InferenceRequest, first_values, refusal
+from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Asked, Exchange, refusal
 from trio_router.web.responses import error_response
 from trio_router.web.sse import StreamBody
 from trio_router.web.streams import Streams
@@ -107,7 +108,7 @@ def create_app(
     app.config.update(PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    _add_admission(app, config, registry)
+    _add_admission(app, config, registry, events)
     _add_errors(app, events)
     _add_inference(app, registry, events, config.api.max_body_mb * 1024 * 1024)
     models.add_routes(app, registry)
@@ -118,12 +119,13 @@ def create_app(
     return app
 
 
-def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry) -> None:
+def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry, events: Events) -> None:
     """What every request goes through before its route, and every response after it."""
     admission = Admission(config.api)
 
     @app.before_request
     async def admit() -> Response | None:
+        events.settle()  # whoever asks for numbers is told all that happened
         g.arrived_at = trio.current_time()
         headers = request.headers
         g.request_id = request_id(headers.get("X-Request-ID"))
@@ -159,7 +161,7 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
     @app.errorhandler(RouterError)
     async def router_error(error: RouterError) -> Response:
         if request.method == "POST" and request.path in INFERENCE_PATHS and "exchange" not in g:
-            events.emit(refusal(request.path, error, g.arrived_at))
+            events.ended(partial(refusal, request.path, error, g.request_id, g.arrived_at))
         return error_response(error)
 
     @app.errorhandler(HTTPException)
@@ -190,18 +192,17 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_
     async def inference() -> Response:
         headers = cast("Headers", list(request.scope["headers"]))
         path = str(request.url_rule)  # as llama-server has it, without the slash that some add at its end
-        incoming = InferenceRequest(
-            path=path,
-            target=path + _query(request),
-            headers=headers,
-            fields=first_values(headers),
+        exchange = Exchange(
+            registry=registry,
+            events=events,
+            asked=Asked.of(path, path + _query(request), headers),
             body=await read_body(request, max_body_bytes),
             request_id=g.request_id,
             arrived_at=g.arrived_at,
         )
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
         g.exchange = True  # from here on it is the exchange that tells what became of the request
-        answer = await borrowed.enter_async_context(Exchange(registry=registry, events=events, request=incoming))
+        answer = await borrowed.enter_async_context(exchange)
         response = Response(StreamBody(answer), answer.status)
         del response.headers["content-type"]
         response.timeout = None

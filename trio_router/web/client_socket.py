@@ -7,6 +7,7 @@ their turn.
 
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import attrs
 import trio
@@ -27,20 +28,31 @@ class ClientSocket:
 
     sock: socket.socket
     hangups: Hangups
-    received: bytearray = attrs.field(factory=bytearray)
-    gone: bool = False
-    """The client hung up."""
-    scope: trio.CancelScope | None = None
-    """What to cancel when it does."""
+    received: bytes = b""
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    """Cancelled when the client hangs up, or takes too long."""
+    known: Any = None
+    """What the data plane knows of the head it had from this client last."""
+    asking: bool = False
+    """Whether it is the client's turn: to begin a request, or to go on with its head."""
+    asking_since: float | None = None
+    """Trio time at which `expire_slow` first saw that."""
     _burst: int = 0
     _closed: bool = False
 
     def __attrs_post_init__(self) -> None:
-        self.hangups.watch(self.sock, self._hung_up)
+        self.hangups.watch(self.sock, self.scope.cancel)
 
-    def _hung_up(self) -> None:
-        self.gone = True
-        if self.scope is not None:
+    def expire_slow(self, now: float, seconds: float) -> None:
+        """Have the connection end, if at trio time `now` it has been the client's turn for more than `seconds`.
+
+        That counts from the first time that this sees it, so that no request has to look at the clock.
+        """
+        if not self.asking:
+            self.asking_since = None
+        elif self.asking_since is None:
+            self.asking_since = now
+        elif now - self.asking_since >= seconds:
             self.scope.cancel()
 
     async def receive(self, limit: int = READ_BYTES, *, wait: bool = False) -> bytes:
@@ -48,19 +60,25 @@ class ClientSocket:
 
         `wait` says that nothing can have come yet: a try would be a system call for nothing.
         """
-        if wait:
-            self._burst = 0
-            await self._wait(trio.lowlevel.wait_readable)
         while True:
+            if wait:
+                self._burst = 0
+                if self._closed:
+                    raise ClientLeft("closed by us")
+                try:
+                    await trio.lowlevel.wait_readable(self.sock)
+                except trio.ClosedResourceError as error:
+                    raise ClientLeft("closed by us") from error
             try:
                 data = self.sock.recv(limit)
             except BlockingIOError:
-                self._burst = 0
-                await self._wait(trio.lowlevel.wait_readable)
+                wait = True
             except OSError as error:
                 raise ClientLeft(str(error)) from error
             else:
-                await self._pace(len(data))
+                self._burst += len(data)
+                if self._burst >= BURST_BYTES:
+                    await self._pace(0)
                 return data
 
     async def receive_into(self, view: memoryview) -> None:
@@ -97,7 +115,9 @@ class ClientSocket:
             except OSError as error:
                 raise ClientLeft(str(error)) from error
             sent += count
-            await self._pace(count)
+            self._burst += count
+            if self._burst >= BURST_BYTES:
+                await self._pace(0)
             if sent == len(data):
                 return
             rest = memoryview(data)[sent:]

@@ -11,7 +11,9 @@ body, anything `web.head` does not match) is handed to Hypercorn with every byte
 """
 
 import json
+import re
 import socket
+from functools import partial
 from typing import Final
 
 import attrs
@@ -27,7 +29,7 @@ from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.cors import cors_headers
 from trio_router.web.head import END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
-from trio_router.web.inference import Exchange, InferenceRequest, refusal
+from trio_router.web.inference import Asked, Exchange, refusal
 from trio_router.web.relay import Answer
 
 log = structlog.get_logger("trio_router.web")
@@ -40,6 +42,11 @@ BODY_BYTES_PER_SECOND: Final = 16 * 1024
 WRITE_STALL_SECONDS: Final = 60.0
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
+MAX_KNOWN: Final = 256
+MAX_KNOWN_BYTES: Final = 2048
+"""How many heads are remembered, and how long they may be."""
+LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n")
+MAX_DIGITS: Final = 15
 BLANK: Final = ord(" ")
 """No method begins with this or a lesser byte; a TLS handshake does."""
 REASONS: Final = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found"}
@@ -47,6 +54,21 @@ REASONS: Final = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"
 
 class AnswerCut(Exception):
     """Raised when an answer that had begun cannot be completed."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Known:
+    """What a head says that was read and admitted, whatever the length of the body."""
+
+    asked: Asked
+    request_id: str | None
+    """The client's own."""
+    common: bytes
+    """Lines that every answer has, but for the request's id."""
+    close: bool
+    before: bytes = b""
+    after: bytes = b""
+    """Its bytes before and after the length."""
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -58,33 +80,68 @@ class DataPlane:
     admission: Admission
     max_body_bytes: int
     in_flight: InFlight = attrs.field(factory=InFlight)
+    _known: dict[tuple[bytes, bytes], Known] = attrs.field(factory=dict)
+    """Heads that were admitted lately, by their bytes before and after the length: a client sends the same each time."""
 
     async def serve(self, client: ClientSocket) -> bytes | None:
         """Answer request after request; returns None when the connection is over.
 
         Or returns what was read of a request that is not for the data plane: the connection is Hypercorn's now.
         """
-        answered = False
-        while True:
-            raw = await self._read_raw_head(client, answered=answered)
-            if raw is None:
-                return None
-            head = read_head(raw)
-            if head is None:
-                try:
-                    check_head(raw)
-                except HeadRefused as error:
-                    await self._refuse_head(client, error)
+        with client.scope:
+            answered = False
+            while True:
+                raw = await self._read_raw_head(client, answered=answered)
+                if raw is None:
                     return None
-                return bytes(raw + client.received)
-            with self.in_flight:
-                more = await self._answer(client, head)
-            if not more:
-                return None
-            answered = True
+                known, length = self._recall(client, raw)
+                if known is not None:
+                    with self.in_flight:
+                        more = await self._answer_known(client, known, length)
+                else:
+                    head = read_head(raw)
+                    if head is None:
+                        try:
+                            check_head(raw)
+                        except HeadRefused as error:
+                            await self._refuse_head(client, error)
+                            return None
+                        return bytes(raw + client.received)
+                    with self.in_flight:
+                        more = await self._answer(client, raw, head)
+                if not more:
+                    return None
+                answered = True
+        return None
+
+    def _recall(self, client: ClientSocket, raw: bytes) -> tuple[Known | None, int]:
+        """What is known of a head that differs from an admitted one in nothing but the length."""
+        known = client.known
+        if known is not None and raw.startswith(known.before) and raw.endswith(known.after):
+            digits = raw[len(known.before) : len(raw) - len(known.after)]
+        else:
+            found = LENGTH.search(raw)
+            if found is None:
+                return None, 0
+            digits = found[1]
+            known = self._known.get((raw[: found.start(1)], raw[found.end(1) :]))
+            if known is None:
+                return None, 0
+            client.known = known
+        if not digits.isdigit() or len(digits) > MAX_DIGITS or (length := int(digits)) > self.max_body_bytes:
+            return None, 0
+        return known, length
+
+    def _remember(self, client: ClientSocket, raw: bytes, known: Known) -> None:
+        found = LENGTH.search(raw)
+        if found is not None and len(raw) <= MAX_KNOWN_BYTES:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            known.before, known.after = raw[: found.start(1)], raw[found.end(1) :]
+            self._known[known.before, known.after] = client.known = known
 
     async def _refuse_head(self, client: ClientSocket, error: HeadRefused) -> None:
-        await self._send_error(client, error, [(b"x-request-id", request_id(None).encode("ascii"))], close=True)
+        await self._send_error(client, error, _common(b"", request_id(None)), close=True)
         await self._linger(client)
 
     async def _read_raw_head(self, client: ClientSocket, *, answered: bool) -> bytes | None:
@@ -92,61 +149,79 @@ class DataPlane:
 
         `answered` says that the client has just been sent an answer: what it asks next is still on its way.
         """
-        buffer = client.received
         searched = 0
-        with trio.move_on_after(HEAD_SECONDS):
-            while True:
-                end = buffer.find(END, max(0, searched - len(END)))
-                if end >= 0:
-                    raw = bytes(buffer[: end + len(END)])
-                    del buffer[: end + len(END)]
-                    return raw
-                searched = len(buffer)
-                # nothing to gain from waiting for the rest: it cannot become a head, or not one of HTTP/1
-                if searched and (searched >= MAX_HEAD_BYTES or buffer[0] <= BLANK or buffer.startswith(HTTP2)):
-                    raw = bytes(buffer)
-                    buffer.clear()
-                    return raw
-                data = await client.receive(wait=answered and not searched)
-                if not data:
-                    return None
-                buffer += data
-        return None
+        client.asking, client.asking_since = True, None
+        while True:
+            received = client.received
+            end = received.find(END, max(0, searched - len(END)))
+            if end >= 0:
+                client.asking = False
+                client.received = received[end + len(END) :]
+                return received[: end + len(END)]
+            searched = len(received)
+            # nothing to gain from waiting for the rest: it cannot become a head, or not one of HTTP/1
+            if searched and (searched >= MAX_HEAD_BYTES or received[0] <= BLANK or received.startswith(HTTP2)):
+                client.asking = False
+                client.received = b""
+                return received
+            data = await client.receive(wait=answered and not searched)
+            if not data:
+                return None
+            client.received = received + data if received else data
 
-    async def _answer(self, client: ClientSocket, head: Head) -> bool:
+    async def _answer(self, client: ClientSocket, raw: bytes, head: Head) -> bool:
         """Answer the request that begins with `head`; whether the connection can carry another."""
         arrived_at = trio.current_time()
-        identity = request_id(head.get(b"x-request-id"))
-        common: Headers = [(b"x-request-id", identity.encode("ascii"))]
-        common += cors_headers(self.admission, head.get(b"origin"))
-        client.scope = trio.CancelScope()
-        with client.scope:
-            if client.gone:
-                return False
+        sent_id = head.get(b"x-request-id")
+        identity = request_id(sent_id)
+        common = _lines(cors_headers(self.admission, head.get(b"origin")))
+        try:
+            self._admit(head)
+        except RouterError as error:
+            self.events.ended(partial(refusal, head.path, error, identity, arrived_at))
+            return await self._turn_away(client, error, _common(common, identity))
+        known = Known(
+            asked=Asked.of(head.path, head.target, head.headers),
+            request_id=identity if identity == sent_id else None,
+            common=common,
+            close=head.close,
+        )
+        self._remember(client, raw, known)
+        return await self._answer_known(client, known, head.length)
+
+    async def _answer_known(self, client: ClientSocket, known: Known, length: int) -> bool:
+        """Answer a request whose head was admitted; whether the connection can carry another."""
+        arrived_at = trio.current_time()
+        identity = known.request_id or request_id(None)
+        common = _common(known.common, identity)
+        if len(client.received) == length:
+            body: bytes | bytearray = client.received
+            client.received = b""
+        else:
             try:
-                self._admit(head)
-                body = await self._read_body(client, head.length)
+                body = await self._read_body(client, length)
             except RouterError as error:
-                self.events.emit(refusal(head.path, error, arrived_at))
-                await self._send_error(client, error, common, close=True)
-                await self._linger(client)
-                return False
-            request = InferenceRequest(
-                path=head.path,
-                target=head.target,
-                headers=head.headers,
-                fields=head.fields,
-                body=body,
-                request_id=identity,
-                arrived_at=arrived_at,
-            )
-            return await self._serve(client, request, common, close=head.close)
+                self.events.ended(partial(refusal, known.asked.path, error, identity, arrived_at))
+                return await self._turn_away(client, error, common)
+        exchange = Exchange(
+            registry=self.registry,
+            events=self.events,
+            asked=known.asked,
+            body=body,
+            request_id=identity,
+            arrived_at=arrived_at,
+        )
+        return await self._serve(client, exchange, common, close=known.close)
+
+    async def _turn_away(self, client: ClientSocket, error: RouterError, common: bytes) -> bool:
+        await self._send_error(client, error, common, close=True)
+        await self._linger(client)
         return False
 
-    async def _serve(self, client: ClientSocket, request: InferenceRequest, common: Headers, *, close: bool) -> bool:
+    async def _serve(self, client: ClientSocket, exchange: Exchange, common: bytes, *, close: bool) -> bool:
         """Have the request answered, and pass the answer on; whether the connection can carry another."""
         try:
-            async with Exchange(registry=self.registry, events=self.events, request=request) as answer:
+            async with exchange as answer:
                 close = close or self.registry.draining
                 await self._relay(client, answer, common, close=close)
         except AnswerCut:
@@ -157,7 +232,7 @@ class DataPlane:
         except ClientLeft:
             raise
         except Exception:
-            log.exception("internal error", id=request.request_id, path=request.path)
+            log.exception("internal error", id=exchange.request_id, path=exchange.asked.path)
             bug = InternalError("an internal error; the router's log says more")
             await self._send_error(client, bug, common, close=True)
             return False
@@ -174,15 +249,14 @@ class DataPlane:
 
     async def _read_body(self, client: ClientSocket, length: int) -> bytes | bytearray:
         """The body, which is the next `length` bytes. Raises RequestTimeout, ClientLeft."""
-        buffer = client.received
-        if len(buffer) >= length:
-            body = bytes(buffer[:length])
-            del buffer[:length]
-            return body
+        received = client.received
+        if len(received) >= length:
+            client.received = received[length:]
+            return received[:length]
         whole = bytearray(length)
-        have = len(buffer)
-        whole[:have] = buffer
-        buffer.clear()
+        have = len(received)
+        whole[:have] = received
+        client.received = b""
         seconds = BODY_IDLE_SECONDS + length / BODY_BYTES_PER_SECOND
         with trio.move_on_after(seconds) as patience, memoryview(whole) as view:
             await client.receive_into(view[have:])
@@ -190,11 +264,10 @@ class DataPlane:
             raise RequestTimeout(f"the body did not come within {seconds:.0f} s")
         return whole
 
-    async def _relay(self, client: ClientSocket, answer: Answer, common: Headers, *, close: bool) -> None:
+    async def _relay(self, client: ClientSocket, answer: Answer, common: bytes, *, close: bool) -> None:
         """The answer's head and body, as they come. Raises AnswerCut, ClientLeft."""
-        headers = answer.headers()
-        chunked = not any(name == b"content-length" for name, _ in headers)
-        out = _head(answer.status, [*headers, *common], chunked=chunked, close=close)
+        chunked = answer.opened.head.length is None
+        out = _head(answer.status, answer.header_lines() + common, chunked=chunked, close=close)
         while True:
             try:
                 piece = await answer.receive()
@@ -208,15 +281,16 @@ class DataPlane:
                 out += piece
             if out:
                 await client.send(out, WRITE_STALL_SECONDS)
-            if not piece:
+            if not piece or (answer.handed_out and not chunked):
                 return
             out = b""
 
-    async def _send_error(self, client: ClientSocket, error: RouterError, common: Headers, *, close: bool) -> None:
+    async def _send_error(self, client: ClientSocket, error: RouterError, common: bytes, *, close: bool) -> None:
         body = json.dumps(error.body(), ensure_ascii=False).encode()
         headers: Headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in error.headers]
-        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *common]
-        await client.send(_head(error.status, headers, chunked=False, close=close) + body, WRITE_STALL_SECONDS)
+        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        head = _head(error.status, _lines(headers) + common, chunked=False, close=close)
+        await client.send(head + body, WRITE_STALL_SECONDS)
 
     async def _linger(self, client: ClientSocket) -> None:
         """Read and forget what the client still sends, or the kernel resets the connection under our answer."""
@@ -230,12 +304,19 @@ class DataPlane:
             return
 
 
-def _head(status: int, headers: Headers, *, chunked: bool, close: bool) -> bytes:
-    lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b""))]
-    lines += [name + b": " + value for name, value in headers]
-    if chunked:
-        lines.append(b"transfer-encoding: chunked")
-    if close:
-        lines.append(b"connection: close")
-    lines.append(b"\r\n")
-    return b"\r\n".join(lines)
+def _lines(headers: Headers) -> bytes:
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+def _common(lines: bytes, identity: str) -> bytes:
+    return b"%bx-request-id: %b\r\n" % (lines, identity.encode("ascii"))
+
+
+def _head(status: int, lines: bytes, *, chunked: bool, close: bool) -> bytes:
+    return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (
+        status,
+        REASONS.get(status, b""),
+        lines,
+        b"transfer-encoding: chunked\r\n" if chunked else b"",
+        b"connection: close\r\n" if close else b"",
+    )

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import attrs
 import trio
 
+AT_ONCE = 64
+"""How many are told before others get their turn: a crowd that leaves takes 0.1 ms each to unwind."""
 HUNG_UP = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
@@ -40,7 +42,7 @@ class Hangups:
             task_status.started()
             while True:
                 await trio.lowlevel.wait_readable(self._epoll.fileno())
-                for descriptor, _ in self._epoll.poll(0):
+                for descriptor, _ in self._epoll.poll(0, AT_ONCE):
                     told = self._told.get(descriptor)
                     if told is not None:
                         told()

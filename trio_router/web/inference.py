@@ -4,49 +4,56 @@
 and returns an `Answer` that has begun; leaving it gives the slot back, and tells what became of the request.
 """
 
-from collections.abc import Mapping
+import time
 from types import TracebackType
 
 import attrs
-import structlog
 import trio
 
 from trio_router.backend.connection import Headers
 from trio_router.errors import RouterError, TimedOut
 from trio_router.fleet.dispatch import dispatch
 from trio_router.fleet.registry import Registry
+from trio_router.fleet.scheduler import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
-from trio_router.telemetry.usage import HEAD_BYTES, NOTHING, Usage, usage_of
+from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import check_encoding, priority, read_wish
-from trio_router.web.relay import Answer, Outgoing
-
-log = structlog.get_logger("trio_router.request")
+from trio_router.web.relay import Answer, Outgoing, request_start
 
 INTERNAL_ERROR = 500
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before it was answered; nobody sees it but logs and metrics."""
 
 
-@attrs.frozen(kw_only=True)
-class InferenceRequest:
-    """A request as it came: everything that is needed to answer it, whoever read it."""
+@attrs.define(eq=False, kw_only=True)
+class Asked:
+    """What a request's head says to those who answer it. Depends on nothing else: one may serve many requests."""
 
     path: str
-    target: str
-    """The path with its query, as the client wrote it."""
-    headers: Headers
-    """In the order they came, without any that the server added; names are lower case."""
-    fields: Mapping[bytes, bytes]
-    """The first value of each, by lower-case name."""
-    body: bytes | bytearray
-    request_id: str
-    arrived_at: float
-    """Trio time."""
+    start: bytes
+    """Of the head that goes to a backend."""
+    priority: Priority = Priority.NORMAL
+    problem: RouterError | None = None
+    """Why a request with this head cannot be answered, whatever its body is."""
 
-    def header(self, name: bytes) -> str | None:
-        """The first value of `name` (lower case)."""
-        value = self.fields.get(name)
-        return None if value is None else value.decode("latin-1")
+    @classmethod
+    def of(cls, path: str, target: str, headers: Headers) -> "Asked":
+        """Read a head: `headers` in the order they came, none of the server's own, names in lower case.
+
+        `target` is the path with its query, as the client wrote it.
+        """
+        asked = cls(path=path, start=request_start(target, headers))
+        fields = first_values(headers)
+        try:
+            check_encoding(_text(fields.get(b"content-encoding")))
+            asked.priority = priority(_text(fields.get(b"x-request-priority")))
+        except RouterError as error:
+            asked.problem = error
+        return asked
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
 
 
 def first_values(headers: Headers) -> dict[bytes, bytes]:
@@ -60,102 +67,94 @@ class Exchange:
 
     registry: Registry
     events: Events
-    request: InferenceRequest
+    asked: Asked
+    body: bytes | bytearray
+    request_id: str
+    arrived_at: float
+    """Trio time."""
     _answer: Answer | None = None
-    _alias: str | None = None
-    _priority: str | None = None
-    _first_byte: float | None = None
+    _ticket: Ticket | None = None
+    _first_byte_at: float = 0.0
+    _ended_at: float = 0.0
+    _finished_at: float = 0.0
+    _error: BaseException | None = None
 
     async def __aenter__(self) -> Answer:
         """Admit, queue, send; the answer has begun. Raises RouterError."""
         try:
-            self._answer = await self._open()
+            self._answer = answer = await self._open()
         except BaseException as error:
-            self._tell(error)
+            self._ended(error)
             raise
-        self._first_byte = trio.current_time()
-        return self._answer
+        self._first_byte_at = trio.current_time()
+        return answer
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Release; needs no await, so a cancelled request releases like any other."""
-        if self._answer is not None:
-            whole = self._answer.handed_out
+        answer = self._answer
+        if answer is not None:
+            whole = answer.handed_out
             if whole:  # a client may go away with its last byte: that is no cancellation
-                self.registry.model(self._answer.lease.slot.backend.alias).supervisor.proved()
-            self._answer.close()
-            self._tell(None if whole else self._answer.error or error)
+                self.registry.models[answer.lease.slot.backend.alias].supervisor.proved()
+            answer.close()
+            self._ended(None if whole else answer.error or error)
 
     async def _open(self) -> Answer:
-        request = self.request
-        check_encoding(request.header(b"content-encoding"))
-        wanted = priority(request.header(b"x-request-priority"))
-        wish = read_wish(request.body)
-        self._alias, self._priority = self.registry.model(wish.model).alias, wanted.label
-        ticket = self.registry.ticket(wish.model, wanted)
-        outgoing = Outgoing(
-            target=request.target,
-            headers=request.headers,
-            body=request.body,
-            request_id=request.request_id,
-        )
+        asked = self.asked
+        if asked.problem is not None:
+            raise asked.problem.again()
+        self._ticket = ticket = self.registry.ticket(read_wish(self.body).model, asked.priority)
+        outgoing = Outgoing(asked.start, self.body, self.request_id)
         lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
-        return Answer(
-            endpoint=request.path,
-            lease=lease,
-            opened=opened,
-            queue_seconds=lease.granted_at - request.arrived_at,
-        )
+        return Answer(asked.path, lease, opened, (ticket.granted_at or 0.0) - self.arrived_at)
 
-    def _tell(self, error: BaseException | None) -> None:
-        """Say what became of the request, once."""
-        now = trio.current_time()
-        answer = self._answer
+    def _ended(self, error: BaseException | None) -> None:
+        """Say, once, that it is over; what became of it is told by `_tell` when nobody waits for us."""
+        self._ended_at, self._finished_at = trio.current_time(), time.time()
+        self._error = error
+        self.events.ended(self._tell)
+
+    def _tell(self) -> RequestFinished:
+        error, answer, ticket = self._error, self._answer, self._ticket
         if answer is not None:
             status = answer.status
         elif isinstance(error, RouterError):
             status = error.status
         else:  # a bug of ours, or the client left
             status = INTERNAL_ERROR if isinstance(error, Exception) else CLIENT_CLOSED_REQUEST
-        outcome = outcome_of(error, status)
-        duration = now - self.request.arrived_at
-        first_byte = None if self._first_byte is None else self._first_byte - self.request.arrived_at
-        usage = NOTHING if answer is None else usage_of(answer.opened.first[:HEAD_BYTES], answer.tail)
-        self.events.emit(
-            RequestFinished(
-                alias=self._alias,
-                endpoint=self.request.path,
-                priority=self._priority,
-                outcome=outcome,
-                status=status,
-                code=error.code if isinstance(error, RouterError) else None,
-                duration_seconds=duration,
-                queue_seconds=None if answer is None else answer.queue_seconds,
-                first_byte_seconds=first_byte,
-                first_token_seconds=None if answer is None else first_token_seconds(answer, first_byte, usage),
-                seconds_per_output_token=usage.seconds_per_output_token,
-                input_tokens=usage.input_tokens,
-                output_tokens=usage.output_tokens,
-                cached_tokens=usage.cached_tokens,
-            )
-        )
-        log.info(
-            "request",
-            id=self.request.request_id,
-            path=self.request.path,
-            model=self._alias,
-            priority=self._priority,
-            outcome=outcome.value,
+        event = RequestFinished(
+            request_id=self.request_id,
+            finished_at=self._finished_at,
+            alias=None if ticket is None else ticket.alias,
+            endpoint=self.asked.path,
+            priority=None if ticket is None else ticket.priority.label,
+            outcome=outcome_of(error, status),
             status=status,
-            seconds=round(duration, 4),
-            incarnation=None if answer is None else answer.lease.slot.backend.incarnation,
+            code=error.code if isinstance(error, RouterError) else None,
+            duration_seconds=self._ended_at - self.arrived_at,
         )
+        if ticket is not None and ticket.granted_at is not None:
+            event.waited_seconds = ticket.granted_at - ticket.arrived_at
+        if answer is not None:
+            usage = usage_of(answer.opened.first[:HEAD_BYTES], answer.tail)
+            event.queue_seconds = answer.queue_seconds
+            event.incarnation = answer.lease.slot.backend.incarnation
+            event.first_byte_seconds = self._first_byte_at - self.arrived_at
+            event.first_token_seconds = first_token_seconds(answer, event.first_byte_seconds, usage)
+            event.seconds_per_output_token = usage.seconds_per_output_token
+            event.input_tokens = usage.input_tokens
+            event.output_tokens = usage.output_tokens
+            event.cached_tokens = usage.cached_tokens
+        return event
 
 
-def refusal(path: str, error: RouterError, arrived_at: float) -> RequestFinished:
+def refusal(path: str, error: RouterError, request_id: str, arrived_at: float) -> RequestFinished:
     """What becomes of a request that ends before there is an exchange: its key, its host or its body was no good."""
     return RequestFinished(
+        request_id=request_id,
+        finished_at=time.time(),
         alias=None,
         endpoint=path,
         priority=None,

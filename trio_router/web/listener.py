@@ -32,6 +32,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
+from trio_router.web import dataplane
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.dataplane import HEAD_SECONDS, WRITE_STALL_SECONDS, DataPlane
 from trio_router.web.hangup import Hangups
@@ -161,6 +162,22 @@ class Connections:
             self.open.discard(stream)
             stream.abort()
 
+    async def watch(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """See who hangs up, and who takes too long to ask, until cancelled.
+
+        One look at every connection now and then, in the place of a timer for each head: that costs a request as much
+        as reading it. Slowness is noticed late by at most a tenth of what is allowed.
+        """
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.hangups.run)
+            task_status.started()
+            while True:
+                await trio.sleep(min(1.0, dataplane.HEAD_SECONDS / 20))
+                now = trio.current_time()
+                for client in list(self.open):
+                    if isinstance(client, ClientSocket):
+                        client.expire_slow(now, dataplane.HEAD_SECONDS)
+
     def close_all(self) -> None:
         """Close every connection under whoever uses it."""
         for client in list(self.open):
@@ -203,7 +220,7 @@ async def serve_connections(
     """Accept on `sockets`, which are ours from now on, until cancelled."""
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(connections.hangups.run)
+            await nursery.start(connections.watch)
             for sock in sockets:
                 nursery.start_soon(_accept, nursery, connections, sock)
             task_status.started()

@@ -22,7 +22,8 @@ NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"x-request-id",  # sent once, as we name the request
     b"x-request-priority",
 }
-NOT_RETURNED: Final = frozenset({b"date", b"server"})
+NOT_RETURNED: Final = frozenset({b"content-length", b"date", b"server"})
+"""The length is told anew, where there is one."""
 CORS_PREFIX: Final = b"access-control-"
 WHOLE_BYTES: Final = 64 * 1024
 """An answer of known length up to this is read whole before it is begun: it can still be tried elsewhere."""
@@ -32,8 +33,11 @@ TAIL_BYTES: Final = 4096
 EVENT_STREAM: Final = b"text/event-stream"
 
 
-def request_head(target: str, headers: Headers, length: int, *, request_id: str, key: str | None) -> bytes:
-    """The head of a request for a llama-server. `target` is the path with its query, as the client wrote it."""
+def request_start(target: str, headers: Headers) -> bytes:
+    """The head of a request for a llama-server, but for what differs from one to the next and its empty line.
+
+    `target` is the path with its query, as the client wrote it.
+    """
     left_out = NOT_FORWARDED
     if any(name == b"connection" and value.lower() not in {b"keep-alive", b"close"} for name, value in headers):
         left_out = left_out | {
@@ -41,14 +45,23 @@ def request_head(target: str, headers: Headers, length: int, *, request_id: str,
         }
     lines = [b"POST " + target.encode("ascii") + b" HTTP/1.1", b"Host: llama-server"]
     lines += [name + b": " + value for name, value in headers if name not in left_out]
-    lines.append(b"X-Request-ID: " + request_id.encode("ascii"))
-    if key is not None:
-        lines.append(b"Authorization: Bearer " + key.encode("ascii"))
-    lines.append(b"Content-Length: %d\r\n\r\n" % length)
     return b"\r\n".join(lines)
 
 
-@attrs.frozen(kw_only=True)
+def request_head(start: bytes, length: int, *, request_id: str, key: str | None) -> bytes:
+    """The whole head: `start`, and what belongs to this request and to the backend that it goes to."""
+    identity = request_id.encode("ascii")
+    if key is None:
+        return b"%b\r\nX-Request-ID: %b\r\nContent-Length: %d\r\n\r\n" % (start, identity, length)
+    return b"%b\r\nX-Request-ID: %b\r\nAuthorization: Bearer %b\r\nContent-Length: %d\r\n\r\n" % (
+        start,
+        identity,
+        key.encode("ascii"),
+        length,
+    )
+
+
+@attrs.define(eq=False)
 class Opened:
     """An answer has begun: its head, and what of its body had come when it was passed on."""
 
@@ -57,12 +70,12 @@ class Opened:
     first: bytes
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(eq=False)
 class Outgoing:
     """One request, ready to be sent to any slot."""
 
-    target: str
-    headers: Headers
+    start: bytes
+    """Of its head, as `request_start` makes it."""
     body: bytes | bytearray
     request_id: str
 
@@ -73,24 +86,23 @@ class Outgoing:
         could not be given to another. Raises BackendLost, BackendTimeout.
         """
         key = slot.backend.address.key
-        head = request_head(self.target, self.headers, len(self.body), request_id=self.request_id, key=key)
+        head = request_head(self.start, len(self.body), request_id=self.request_id, key=key)
         try:
             connection = await slot.connect()
             await connection.send(head, self.body)
             answer = await connection.receive_head()
-            length = answer.get(b"content-length")
             first = await connection.receive()
-            if length is not None and length.isdigit() and int(length) <= WHOLE_BYTES:
+            if answer.length is not None and answer.length <= WHOLE_BYTES:
                 while not connection.complete:
                     first += await connection.receive()
         except BackendLost as lost:
             if lost.silent:
                 raise BackendTimeout(f"model {slot.backend.alias!r}: {lost}", param="model") from lost
             raise
-        return Opened(connection=connection, head=answer, first=first)
+        return Opened(connection, answer, first)
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.define(eq=False)
 class Answer:
     """An answer on its way to a client: `receive` until it returns b"", then `close`, whatever happened."""
 
@@ -102,36 +114,56 @@ class Answer:
     """What ended it before its time, if something did."""
     tail: bytes = b""
     """The last bytes that went out."""
+    status: int = attrs.field(init=False)
+    """The backend's own."""
     _begun: bool = False
     _over: bool = False
 
-    @property
-    def status(self) -> int:
-        """The backend's own."""
-        return self.opened.head.status
+    def __attrs_post_init__(self) -> None:
+        self.status = self.opened.head.status
 
     @property
     def is_stream(self) -> bool:
         """Whether the body is a stream of events."""
-        return (self.opened.head.get(b"content-type") or b"").lower().startswith(EVENT_STREAM)
+        memo = self.opened.head.memo
+        if "stream" not in memo:
+            memo["stream"] = (self.opened.head.get(b"content-type") or b"").lower().startswith(EVENT_STREAM)
+        return bool(memo["stream"])
 
     @property
     def handed_out(self) -> bool:
         """Whether `receive` has returned every byte there is."""
         return self._begun and self.error is None and self.opened.connection.complete
 
-    def headers(self) -> Headers:
-        """The backend's headers, less what concerns only us and it, and what a stream needs beside them."""
-        kept = [
+    def _kept(self) -> Headers:
+        headers = [
             (name, value)
             for name, value in self.opened.head.headers
             if name not in NOT_RETURNED and not name.startswith(CORS_PREFIX)
         ]
         if self.is_stream:
-            kept = [(name, value) for name, value in kept if name not in {b"cache-control", b"x-accel-buffering"}]
-            kept += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        kept.append((b"x-queue-time-ms", b"%d" % round(self.queue_seconds * 1000)))
-        return kept
+            headers = [(name, value) for name, value in headers if name not in {b"cache-control", b"x-accel-buffering"}]
+            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+        return headers
+
+    def headers(self) -> Headers:
+        """The backend's headers, less what concerns only us and it, and what a stream needs beside them."""
+        headers = self._kept()
+        if (length := self.opened.head.get(b"content-length")) is not None:
+            headers.append((b"content-length", length))
+        headers.append((b"x-queue-time-ms", b"%d" % round(self.queue_seconds * 1000)))
+        return headers
+
+    def header_lines(self) -> bytes:
+        """The same as lines, for those who write them."""
+        head = self.opened.head
+        lines: bytes | None = head.memo.get("lines")
+        if lines is None:
+            lines = head.memo["lines"] = b"".join([b"%b: %b\r\n" % header for header in self._kept()])
+        wait = round(self.queue_seconds * 1000)
+        if head.length is None:
+            return b"%bx-queue-time-ms: %d\r\n" % (lines, wait)
+        return b"%bcontent-length: %d\r\nx-queue-time-ms: %d\r\n" % (lines, head.length, wait)
 
     async def receive(self) -> bytes:
         """The next bytes for the client, b"" at the end.
@@ -166,7 +198,10 @@ class Answer:
 
     def _passed(self, piece: bytes) -> bytes:
         if piece:
-            self.tail = piece[-TAIL_BYTES:] if len(piece) >= TAIL_BYTES else (self.tail + piece)[-TAIL_BYTES:]
+            if len(piece) >= TAIL_BYTES:
+                self.tail = piece[-TAIL_BYTES:]
+            else:
+                self.tail = (self.tail + piece)[-TAIL_BYTES:] if self.tail else piece
         return piece
 
     def close(self) -> None:
