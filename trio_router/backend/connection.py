@@ -20,13 +20,16 @@ import re
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
 import httptools
+import outcome
 import trio
 
 from trio_router.backend.address import Address
+from trio_router.backend.pump import Attention, Pump
 
 READ_BYTES = 64 * 1024
 BULK_BYTES = 4096
@@ -243,6 +246,10 @@ class Connection:
     """Whether we wait for the backend."""
     _quiet_since: float | None = None
     """Trio time at which `expire_silent` first saw the wait under way."""
+    _attention: Attention | None = None
+    """The pump's, while `stream` waits."""
+    _loss: BackendLost | None = None
+    """What `stream` ended with."""
     expired: bool = False
     closed: bool = False
 
@@ -378,10 +385,47 @@ class Connection:
         body.clear()
         return piece
 
+    async def stream(self, pass_on: Callable[[bytes], bool]) -> None:
+        """Give `pass_on` the pieces of the body as they come, without a task that wakes for each.
+
+        Returns when that returns False, when pieces come in bulk, or when `receive` has more to say: the end, an error.
+        *Cancellation*: at once.
+        """
+        reading = self._reading
+        if self.closed or self._more or reading.body or reading.done:
+            return
+
+        def ready() -> bool:
+            try:
+                data = self._sock.recv(READ_BYTES)
+            except BlockingIOError:
+                return True
+            self._quiet_since = None
+            self._more = len(data) >= BULK_BYTES
+            self._take(data)
+            if not reading.body:
+                return not reading.done
+            piece = reading.body[0] if len(reading.body) == 1 else b"".join(reading.body)
+            reading.body.clear()
+            return pass_on(piece) and not reading.done and not self._more
+
+        self._burst = 0
+        self._waiting = True
+        try:
+            await Pump.here().attend(self._sock, ready, self._attended)
+        except BackendLost as lost:
+            self._loss = lost
+        except (OSError, trio.ClosedResourceError):
+            self.close()
+        self._waiting, self._quiet_since = False, None
+
+    def _attended(self, attention: Attention | None) -> None:
+        self._attention = attention
+
     async def _read(self) -> None:
         """Read once and parse what came."""
         if self.closed:
-            raise self._broke("the connection is closed", stale=False)
+            raise self._loss or self._broke("the connection broke", stale=False)
         try:
             while True:
                 if not self._more:
@@ -439,6 +483,7 @@ class Connection:
         if self.closed:
             return
         reading = self._reading
+        reading.parser = None  # they refer to each other, and would wait for the garbage collector
         if self.complete and not reading.extra and reading.keep_alive:
             self._idle_since = time.monotonic()
         else:
@@ -448,5 +493,7 @@ class Connection:
         """Close at once, without waiting; whoever is reading or writing gets a BackendLost."""
         if not self.closed:
             self.closed = True
+            if self._attention is not None:
+                self._attention.end(outcome.Error(trio.ClosedResourceError()))
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()

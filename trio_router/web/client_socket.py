@@ -98,6 +98,16 @@ class ClientSocket:
             filled += count
             await self._pace(count)
 
+    def try_send(self, data: bytes) -> bytes:
+        """Send as much of `data` as goes at once; returns the rest. Raises ClientLeft."""
+        try:
+            count = self.sock.send(data)
+        except BlockingIOError:
+            return data
+        except OSError as error:
+            raise ClientLeft(str(error)) from error
+        return data[count:]
+
     async def send(self, data: bytes | bytearray, stall_seconds: float) -> None:
         """Send all of `data`. Raises ClientLeft, also when not one byte is taken for `stall_seconds`."""
         sent = 0

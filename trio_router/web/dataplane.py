@@ -267,6 +267,13 @@ class DataPlane:
     async def _relay(self, client: ClientSocket, answer: Answer, common: bytes, *, close: bool) -> None:
         """The answer's head and body, as they come. Raises AnswerCut, ClientLeft."""
         chunked = answer.opened.head.length is None
+        rest = b""
+
+        def pass_on(piece: bytes) -> bool:
+            nonlocal rest
+            rest = client.try_send(b"%x\r\n%b\r\n" % (len(piece), piece))
+            return not rest
+
         out = _head(answer.status, answer.header_lines() + common, chunked=chunked, close=close)
         while True:
             try:
@@ -284,6 +291,12 @@ class DataPlane:
             if not piece or (answer.handed_out and not chunked):
                 return
             out = b""
+            if chunked:
+                await answer.stream(pass_on)
+                out, rest = rest, b""
+                if out:
+                    await client.send(out, WRITE_STALL_SECONDS)
+                    out = b""
 
     async def _send_error(self, client: ClientSocket, error: RouterError, common: bytes, *, close: bool) -> None:
         body = json.dumps(error.body(), ensure_ascii=False).encode()

@@ -1,6 +1,7 @@
 """The way bytes travel to a llama-server and back. Decides nothing: whether to try again is `fleet.dispatch`'s."""
 
 import json
+from collections.abc import Callable
 from typing import Final
 
 import attrs
@@ -188,6 +189,19 @@ class Answer:
         if not self.is_stream:
             raise self.error
         return self._passed(error_event(self.endpoint, self.error, cut=not self.tail.endswith(b"\n\n")))
+
+    async def stream(self, pass_on: Callable[[bytes], bool]) -> None:
+        """Give `pass_on` what comes next, piece by piece, for as long as that is all there is to do.
+
+        Returns when `pass_on` returned False, or when `receive` is to be asked again.
+        """
+        if self._over:
+            return
+
+        def passed(piece: bytes) -> bool:
+            return pass_on(self._passed(piece))
+
+        await self.opened.connection.stream(passed)
 
     def _lost(self, lost: BackendLost) -> RouterError:
         backend = self.lease.slot.backend
