@@ -402,7 +402,11 @@ class Connection:
                 return True
             self._quiet_since = None
             self._more = len(data) >= BULK_BYTES
-            self._take(data)
+            try:
+                self._take(data)
+            except BackendLost as lost:
+                self._loss = lost  # closing has ended the wait already
+                return False
             if not reading.body:
                 return not reading.done
             piece = reading.body[0] if len(reading.body) == 1 else b"".join(reading.body)
@@ -413,8 +417,6 @@ class Connection:
         self._waiting = True
         try:
             await Pump.here().attend(self._sock, ready, self._attended)
-        except BackendLost as lost:
-            self._loss = lost
         except (OSError, trio.ClosedResourceError):
             self.close()
         self._waiting, self._quiet_since = False, None

@@ -22,7 +22,15 @@ from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trio_router.backend.connection import Headers
 from trio_router.config.schema import RouterConfig
-from trio_router.errors import InternalError, InvalidRequest, MethodNotAllowed, RouterError, UnknownPath, shown
+from trio_router.errors import (
+    HeadRefused,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    RouterError,
+    UnknownPath,
+    shown,
+)
 from trio_router.fleet.registry import Registry
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
@@ -32,6 +40,7 @@ from trio_router.web import logs, models, monitoring, openapi
 from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
+from trio_router.web.head import BOTH_LENGTHS
 from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Asked, Exchange, refusal
 from trio_router.web.responses import error_response
 from trio_router.web.sse import StreamBody
@@ -132,6 +141,8 @@ def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry, eve
         host, origin = headers.get("Host"), headers.get("Origin")
         if not host and request.http_version == "1.0":  # Quart makes one up
             host = None
+        if "Content-Length" in headers and "Transfer-Encoding" in headers:
+            raise HeadRefused(BOTH_LENGTHS)
         admission.check_host(host)
         admission.check_origin(request.method, host, origin)
         if request.method == "OPTIONS":
@@ -160,9 +171,12 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
 
     @app.errorhandler(RouterError)
     async def router_error(error: RouterError) -> Response:
+        response = error_response(error)
+        if isinstance(error, HeadRefused):
+            response.headers["Connection"] = "close"
         if request.method == "POST" and request.path in INFERENCE_PATHS and "exchange" not in g:
             events.ended(partial(refusal, request.path, error, g.request_id, g.arrived_at))
-        return error_response(error)
+        return response
 
     @app.errorhandler(HTTPException)
     async def http_error(error: HTTPException) -> Response:

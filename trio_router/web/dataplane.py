@@ -27,7 +27,7 @@ from trio_router.telemetry.events import Events
 from trio_router.web.admission import Admission, request_id
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.cors import cors_headers
-from trio_router.web.head import END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
+from trio_router.web.head import BARE_LINE_FEED, END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
 from trio_router.web.relay import Answer
@@ -160,7 +160,12 @@ class DataPlane:
                 return received[: end + len(END)]
             searched = len(received)
             # nothing to gain from waiting for the rest: it cannot become a head, or not one of HTTP/1
-            if searched and (searched >= MAX_HEAD_BYTES or received[0] <= BLANK or received.startswith(HTTP2)):
+            if searched and (
+                searched >= MAX_HEAD_BYTES
+                or received[0] <= BLANK
+                or received.startswith(HTTP2)
+                or BARE_LINE_FEED.search(received)
+            ):
                 client.asking = False
                 client.received = b""
                 return received

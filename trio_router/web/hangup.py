@@ -25,16 +25,17 @@ class Hangups:
     _epoll: select.epoll = attrs.field(factory=lambda: select.epoll(flags=select.EPOLL_CLOEXEC))
     _told: dict[int, Callable[[], None]] = attrs.field(factory=dict)
 
-    def watch(self, sock: socket.socket, told: Callable[[], None]) -> None:
+    def watch(self, sock: socket.socket | trio.socket.SocketType, told: Callable[[], None]) -> None:
         """Call `told` once when `sock`'s peer hangs up; at once from `run` if it has already. Until `forget`."""
         descriptor = sock.fileno()
         self._told[descriptor] = told
         self._epoll.register(descriptor, HUNG_UP | select.EPOLLET)
 
-    def forget(self, sock: socket.socket) -> None:
-        """Watch no more; before `sock` is closed or given away."""
-        if self._told.pop(sock.fileno(), None) is not None and not self._epoll.closed:  # at the end it may be
-            self._epoll.unregister(sock)
+    def forget(self, sock: socket.socket | trio.socket.SocketType) -> None:
+        """Watch no more; before `sock` is closed or given away. Any number of times."""
+        descriptor = sock.fileno()
+        if self._told.pop(descriptor, None) is not None and not self._epoll.closed:  # at the end it may be
+            self._epoll.unregister(descriptor)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Tell, until cancelled."""

@@ -21,6 +21,10 @@ END: Final = b"\r\n\r\n"
 
 HTTP2: Final = b"PRI * HTTP/2.0"
 """What a client that knows HTTP/2 to be spoken here begins with (RFC 9113 section 3.4)."""
+BARE_LINE_FEED: Final = re.compile(rb"(?:^|[^\r])\n")
+_FOLDED: Final = re.compile(rb"\r\n[ \t]")
+_CHUNKS: Final = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
+_SIZE: Final = re.compile(rb"(?i)\r\ncontent-length[ \t]*:")
 _WEBSOCKET: Final = re.compile(rb"(?i)\r\nupgrade[ \t]*:[^\r\n]*\bwebsocket\b")
 
 _LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?[ \t]*\r\n"
@@ -29,6 +33,9 @@ _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
 _ODD: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"te", b"trailer", b"http2-settings"})
 """Headers that ask for more than the plain case: Hypercorn knows them."""
 _ONCE: Final = frozenset({b"host", b"content-length", b"connection"})
+
+
+BOTH_LENGTHS: Final = "the request has a Content-Length and a Transfer-Encoding"
 
 
 @attrs.frozen(kw_only=True)
@@ -96,13 +103,21 @@ def check_head(raw: bytes) -> None:
 
     Its parser is asked, so there are no two opinions; only the answer is ours, with a body and an id. WebSockets are not
     spoken here, and Hypercorn does not survive one whose first frames come with its head (pgjones/hypercorn#225).
+    What that parser forgives and others read differently is refused besides: bare line feeds, folded lines, a length
+    beside chunks (RFC 9112 sections 2.2, 5.2 and 6.1).
     """
     if raw.startswith(HTTP2):
         return
+    if BARE_LINE_FEED.search(raw.partition(END)[0]):
+        raise HeadRefused("a line of the head ends without a carriage return")
     if END not in raw:
         if len(raw) >= MAX_HEAD_BYTES:
             raise HeadRefused(f"the head is larger than {MAX_HEAD_BYTES} bytes", status=431)
         raise HeadRefused("the request does not begin with a method")
+    if _FOLDED.search(raw, 0, raw.find(END)):
+        raise HeadRefused("a line of the head is folded")
+    if _CHUNKS.search(raw) and _SIZE.search(raw):
+        raise HeadRefused(BOTH_LENGTHS)
     if _WEBSOCKET.search(raw):
         raise HeadRefused("WebSockets are not spoken here; streams are server-sent events")
     parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)

@@ -42,6 +42,7 @@ log = structlog.get_logger("trio_router.web")
 
 BACKLOG: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
+GONE_SECONDS: Final = 0.1
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
@@ -66,7 +67,24 @@ class ClientStream(trio.abc.HalfCloseableStream):
     """
 
     stream: trio.SocketStream
+    hangups: Hangups
     read_already: bytes = b""
+    gone: trio.Event = attrs.field(factory=trio.Event)
+    """Set when the client hung up."""
+
+    def __attrs_post_init__(self) -> None:
+        self.hangups.watch(self.stream.socket, self.gone.set)
+
+    async def abort_when_gone(self, scope: trio.CancelScope) -> None:
+        """Close, and cancel `scope`, soon after the client hung up: Hypercorn does not see it while a request is pipelined.
+
+        Not at once: there are clients that close their half as soon as they have asked, and what they ask is answered
+        in less.
+        """
+        await self.gone.wait()
+        await trio.sleep(GONE_SECONDS)
+        self.abort()
+        scope.cancel()
 
     @property
     def socket(self) -> trio.socket.SocketType:
@@ -95,10 +113,12 @@ class ClientStream(trio.abc.HalfCloseableStream):
             self.stream.socket.shutdown(socket.SHUT_WR)
 
     async def aclose(self) -> None:
+        self.hangups.forget(self.stream.socket)
         await self.stream.aclose()
 
     def abort(self) -> None:
         """Close at once; whoever is sending or receiving is woken with ClosedResourceError."""
+        self.hangups.forget(self.stream.socket)
         self.stream.socket.close()
 
     close = abort
@@ -144,12 +164,16 @@ class Connections:
             client.close()
 
     async def _give_to_hypercorn(self, client: ClientSocket, rest: bytes) -> None:
-        stream = ClientStream(trio.SocketStream(trio.socket.from_stdlib_socket(client.give_away())), rest)
+        sock = trio.socket.from_stdlib_socket(client.give_away())
+        stream = ClientStream(trio.SocketStream(sock), self.hangups, rest)
         self.open.add(stream)
         try:
             # it asks of its stream what ClientStream has
             app = CountedApp(self.app, self.plane.in_flight)
-            await TCPServer(app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.abort_when_gone, nursery.cancel_scope)
+                await TCPServer(app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
+                nursery.cancel_scope.cancel()
         except* trio.Cancelled:
             raise
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):

@@ -28,7 +28,7 @@ NOT_RETURNED: Final = frozenset({b"content-length", b"date", b"server"})
 CORS_PREFIX: Final = b"access-control-"
 WHOLE_BYTES: Final = 64 * 1024
 """An answer of known length up to this is read whole before it is begun: it can still be tried elsewhere."""
-TAIL_BYTES: Final = 4096
+TAIL_BYTES: Final = 2048
 """How much of an answer's end is kept, for the token counts that stand there."""
 
 EVENT_STREAM: Final = b"text/event-stream"

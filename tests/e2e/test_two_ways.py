@@ -1,0 +1,118 @@
+"""The real llama-server bare, and through both ways in: the same bytes but for the time of day and the clock."""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx
+import pytest
+
+from tests.harness.processes import wait_until
+from tests.harness.router import RouterProcess
+from tests.harness.toml import router_toml
+
+pytestmark = pytest.mark.e2e
+
+FLAGS = ["-c", "2048", "-np", "1", "-t", "1"]
+QUART = {"TE": "trailers"}
+"""Any header that asks for more than the plain case."""
+OURS = {"content-length", "x-request-id", "x-queue-time-ms", "x-accel-buffering", "cache-control"}
+THEIRS = {"server", "keep-alive", "date", "connection", "access-control-allow-origin"}
+"""Of llama-server's headers: hop-by-hop, or its own opinion on web pages."""
+CLOCK = re.compile(
+    rb'"(?:created|created_at|completed_at)":\d+|"(?:id|item_id|call_id)":"[^"]*"|"timings":\{[^{}]*\}'
+    rb'|"(?:t_[a-z_]+|[a-z_]*_ms|[a-z_]*_per_second|tokens_cached|generation_settings)":[-\d.e]+'
+)
+
+
+@attrs.frozen
+class Ways:
+    """Where to ask."""
+
+    bare: str
+    router: str
+
+    def ask(self, path: str, body: Any, *, raw: bytes | None = None) -> list[httpx.Response]:
+        """The answers of the bare server and of both ways."""
+        content = httpx.Request("POST", "http://x", json=body).content if raw is None else raw
+        found = []
+        for base, headers in ((self.bare, {}), (self.router, {}), (self.router, QUART)):
+            with httpx.Client(trust_env=False, timeout=60) as client:
+                found.append(
+                    client.post(base + path, content=content, headers={"Content-Type": "application/json", **headers})
+                )
+        return found
+
+
+@pytest.fixture(scope="module")
+def ways(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ways]:
+    folder = tmp_path_factory.mktemp("ways")
+    models = {
+        "smollm2": {"model_path": smollm2, "flags": FLAGS},
+    }
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [real_llama, "--model", smollm2, "--alias", "smollm2", *FLAGS, "--host", "127.0.0.1", "--port", str(port)]
+    environment = {"PATH": os.defpath, "LD_LIBRARY_PATH": str(real_llama.parent)}
+    with (
+        (folder / "bare.log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment) as bare,
+        RouterProcess(folder, router_toml(models=models, system={"gpu_devices": []})) as router,
+    ):
+
+        def ready() -> bool:
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        try:
+            wait_until(ready, timeout_seconds=60)
+            yield Ways(f"http://127.0.0.1:{port}", router.url)
+        finally:
+            bare.terminate()
+
+
+PLAIN = {"model": "smollm2", "temperature": 0, "seed": 1, "cache_prompt": False}
+MESSAGES = [{"role": "user", "content": "Name three colours."}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 12}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 12, "stream": True}),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}},
+        ),
+        ("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 8}),
+        ("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 8, "stream": True, "logprobs": 2}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 6}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 6, "stream": True}),
+        ("/tokenize", {"content": "Hello, wörld", "with_pieces": True}),
+        ("/detokenize", {"tokens": [1, 2, 3]}),
+        ("/apply-template", {"messages": MESSAGES}),
+        ("/v1/chat/completions", {"messages": "no list"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
+        ("/v1/completions", {}),
+        ("/v1/embeddings", {"input": "not with this model"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "stream" if value.get("stream") else "plain",
+)
+def test_the_same_bytes(ways: Ways, path: str, body: dict[str, Any]) -> None:
+    bare, *ours = ways.ask(path, PLAIN | body)
+    for answer in ours:
+        assert answer.status_code == bare.status_code
+        assert CLOCK.sub(b"#", answer.content) == CLOCK.sub(b"#", bare.content)
+        passed = {name: value for name, value in answer.headers.items() if name not in OURS | THEIRS}
+        expected = {name: value for name, value in bare.headers.items() if name not in OURS | THEIRS}
+        assert passed == expected
+        assert answer.headers["x-request-id"]
+        assert int(answer.headers.get("content-length", len(answer.content))) == len(answer.content)
+    assert {name for name in ours[0].headers if name != "date"} == {name for name in ours[1].headers if name != "date"}
