@@ -133,7 +133,7 @@ class Registry:
             priority=priority,
             arrived_at=now,
             deadline=now + self.config.system.queue_timeout_sec,
-            key=now + (priority.value - 1) * self.config.system.aging_sec,
+            key=now + priority.steps * self.config.system.aging_sec,
         )
 
     async def lease(self, ticket: Ticket) -> Lease:

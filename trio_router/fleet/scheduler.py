@@ -32,10 +32,11 @@ class Priority(enum.Enum):
     NORMAL = 2
     LOW = 3
 
-    @property
-    def label(self) -> str:
+    def __init__(self, value: int) -> None:
+        self.label = self.name.lower()
         """The name as clients write it."""
-        return self.name.lower()
+        self.steps = value - 1
+        """How far below high."""
 
 
 @attrs.define(eq=False, kw_only=True)

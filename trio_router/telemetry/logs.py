@@ -85,7 +85,7 @@ def _request_as_text(event: RequestFinished) -> str:
     incarnation = "" if event.incarnation is None else f" incarnation={event.incarnation}"
     return (
         f"{_iso(event.finished_at)} [info   ] request id={_shown(event.request_id)} path={_shown(event.endpoint)}{names}"
-        f" outcome={event.outcome.value} status={event.status} seconds={round(event.duration_seconds, 4)}{incarnation}\n"
+        f" outcome={event.outcome.word} status={event.status} seconds={round(event.duration_seconds, 4)}{incarnation}\n"
     )
 
 

@@ -31,6 +31,8 @@ WHOLE_BYTES: Final = 64 * 1024
 TAIL_BYTES: Final = 2048
 """How much of an answer's end is kept, for the token counts that stand there."""
 
+MAX_PIECES: Final = 12
+
 EVENT_STREAM: Final = b"text/event-stream"
 
 
@@ -113,8 +115,8 @@ class Answer:
     queue_seconds: float
     error: RouterError | None = None
     """What ended it before its time, if something did."""
-    tail: bytes = b""
-    """The last bytes that went out."""
+    _last: list[bytes] = attrs.field(factory=list)
+    """The last pieces that went out, and maybe a few more than `tail` needs."""
     status: int = attrs.field(init=False)
     """The backend's own."""
     _begun: bool = False
@@ -212,11 +214,15 @@ class Answer:
 
     def _passed(self, piece: bytes) -> bytes:
         if piece:
-            if len(piece) >= TAIL_BYTES:
-                self.tail = piece[-TAIL_BYTES:]
-            else:
-                self.tail = (self.tail + piece)[-TAIL_BYTES:] if self.tail else piece
+            self._last.append(piece if len(piece) <= TAIL_BYTES else piece[-TAIL_BYTES:])
+            if len(self._last) > MAX_PIECES:
+                self._last = [self.tail]
         return piece
+
+    @property
+    def tail(self) -> bytes:
+        """The last bytes that went out."""
+        return b"".join(self._last)[-TAIL_BYTES:]
 
     def close(self) -> None:
         """Give the slot back; an answer that was not read to its end is cut off, so that llama-server stops."""
