@@ -138,6 +138,30 @@ class OriginNotAllowed(RouterError):
     code = "origin_not_allowed"
 
 
+class AdminRequired(RouterError):
+    """Raised when a key that is no admin's asks for something that changes what runs."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_required"
+
+
+class ModelNotAllowed(RouterError):
+    """Raised when a key asks for a model that is not among its own."""
+
+    status = 403
+    type = "permission_error"
+    code = "model_not_allowed"
+
+
+class TooManyRequests(RouterError):
+    """Raised when a key has as many requests under way as it may."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_requests"
+
+
 class UnknownPath(RouterError):
     """Raised when nothing lives at a path."""
 

@@ -39,6 +39,7 @@ from trio_router.fleet.registry import Registry
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.notify import Notifier
 from trio_router.telemetry.events import Events, RequestSink
+from trio_router.telemetry.keys import KeyMetrics
 from trio_router.telemetry.logs import configure_logs, request_log
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.snapshot import metrics_snapshot
@@ -77,9 +78,13 @@ async def serve(config: RouterConfig, launcher: Launcher, requests: RequestSink 
     metrics = Metrics(config.models, INFERENCE_PATHS, version=__version__)
     notifier = Notifier.of(os.environ)
     events.sinks += [summary, metrics, notifier]
-    events.request_sinks += [summary.requests, metrics.requests, *([] if requests is None else [requests])]
+    events.request_sinks += [summary.requests, metrics.requests, KeyMetrics(metrics.registry)]
+    events.request_sinks += [] if requests is None else [requests]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
-    app = create_app(config, registry, devices, events, streams=streams, metrics=metrics, summary=summary)
+    admission = Admission(config.api, config.keys)
+    app = create_app(
+        config, registry, devices, events, admission=admission, streams=streams, metrics=metrics, summary=summary
+    )
     try:
         sockets = await open_sockets(config.api.host, config.api.port)
     except OSError as error:
@@ -97,7 +102,7 @@ async def serve(config: RouterConfig, launcher: Launcher, requests: RequestSink 
             plane = DataPlane(
                 registry=registry,
                 events=events,
-                admission=Admission(config.api),
+                admission=admission,
                 max_body_bytes=config.api.max_body_mb * 1024 * 1024,
             )
             await root.start(serve_connections, Connections(app=ASGIWrapper(app), plane=plane), sockets)
@@ -127,8 +132,10 @@ def spare_the_collector() -> None:
 def announce(config: RouterConfig, port: int) -> None:
     """The one line on standard output: where we are."""
     host = f"[{config.api.host}]" if ":" in config.api.host else config.api.host
-    if config.api.host not in {"127.0.0.1", "::1", "localhost"} and config.api.key is None:
-        log.warning("anyone who reaches this address can use it: there is no API_KEY", host=config.api.host)
+    if config.api.host not in {"127.0.0.1", "::1", "localhost"} and config.api.key is None and not config.keys:
+        log.warning(
+            "anyone who reaches this address can use it: there is no API_KEY and no [[keys]]", host=config.api.host
+        )
     print(f"trio-router listens on http://{host}:{port}", flush=True)  # noqa: T201
 
 

@@ -177,7 +177,7 @@ port = "80"
 max_body = 5
 """
     assert problems(text) == [
-        "router.toml:1: server: unknown key; known here: api, system, models",
+        "router.toml:1: server: unknown key; known here: api, system, models, keys",
         "router.toml:4: system.idle_timeout_sec: expected a number > 0, got -1.0",
         "router.toml:5: system.preload_models[0]: no model 'qwem'; did you mean 'qwen'?",
         "router.toml:6: system.gpu_devices[1]: expected int, got str '1'",

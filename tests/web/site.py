@@ -23,11 +23,12 @@ from trio_router.backend.client import BackendClient
 from trio_router.backend.health import expire_silent
 from trio_router.backend.lifecycle import Move
 from trio_router.backend.logtail import LogTail
-from trio_router.config.schema import ApiConfig, ModelConfig, RouterConfig, SystemConfig
+from trio_router.config.schema import ApiConfig, KeyConfig, ModelConfig, RouterConfig, SystemConfig
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Event, Events, RequestFinished
+from trio_router.telemetry.keys import KeyMetrics
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.snapshot import metrics_snapshot
 from trio_router.telemetry.summary import Summary
@@ -190,14 +191,18 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     registry = Registry.of(config, None, events, devices)
     summary = Summary(config.models)
     metrics = Metrics(config.models, INFERENCE_PATHS, version="0")
+    keys = KeyMetrics(metrics.registry)
     events.sinks += [summary, metrics]
-    events.request_sinks += [summary.requests, metrics.requests]
+    events.request_sinks += [summary.requests, metrics.requests, keys]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
-    app = create_app(config, registry, devices, events, streams=streams, metrics=metrics, summary=summary)
+    admission = Admission(config.api, config.keys)
+    app = create_app(
+        config, registry, devices, events, admission=admission, streams=streams, metrics=metrics, summary=summary
+    )
     plane = DataPlane(
         registry=registry,
         events=events,
-        admission=Admission(config.api),
+        admission=admission,
         max_body_bytes=config.api.max_body_mb * 1024 * 1024,
     )
     return registry, Connections(app=ASGIWrapper(app), plane=plane)
@@ -205,7 +210,13 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
 
 @asynccontextmanager
 async def open_site(
-    folder: Path, script: Script | None = None, *, slots: int = 1, api: dict[str, Any] | None = None, **system: Any
+    folder: Path,
+    script: Script | None = None,
+    *,
+    slots: int = 1,
+    api: dict[str, Any] | None = None,
+    keys: tuple[KeyConfig, ...] = (),
+    **system: Any,
 ) -> AsyncIterator[Site]:
     """A site with one model, `qwen`; without a script its llama-server never comes."""
     config = RouterConfig(
@@ -213,6 +224,7 @@ async def open_site(
         api=ApiConfig(**(api or {})),
         system=SystemConfig(base_models_path=folder, gpu_devices=(), **system),
         models={"qwen": ModelConfig(alias="qwen", model_path="q.gguf", file=folder / "q.gguf", slots=slots)},
+        keys=keys,
     )
     events = Events()
     registry, connections = wiring(config, events)

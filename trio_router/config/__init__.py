@@ -15,7 +15,15 @@ from trio_router.config.places import (
 )
 from trio_router.config.problems import ConfigError, Problem
 from trio_router.config.ranges import OutOfRange
-from trio_router.config.schema import ApiConfig, BackendTransport, ModelConfig, RouterConfig, SystemConfig
+from trio_router.config.schema import (
+    ApiConfig,
+    BackendTransport,
+    KeyConfig,
+    ModelConfig,
+    PriorityBound,
+    RouterConfig,
+    SystemConfig,
+)
 
 __all__ = [
     "CONFIG_PATH",
@@ -23,11 +31,13 @@ __all__ = [
     "BackendTransport",
     "BadModelPath",
     "ConfigError",
+    "KeyConfig",
     "LlamaServer",
     "LlamaServerNotFound",
     "LlamaServerUnusable",
     "ModelConfig",
     "OutOfRange",
+    "PriorityBound",
     "Problem",
     "RouterConfig",
     "SystemConfig",

@@ -6,6 +6,7 @@ Keys inside an inline table or an array are found on the line where that value's
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 
 from trio_router.config.problems import KeyPath
@@ -27,6 +28,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
     text = text.replace("\r\n", "\n")
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
+    entries: Counter[KeyPath] = Counter()
     at = counted = 0
     line = 1
     while True:
@@ -36,14 +38,15 @@ def key_lines(text: str) -> dict[KeyPath, int]:
             return lines
         line += text.count("\n", counted, at)
         counted = at
-        header = text[at] == "["
+        header, array = text[at] == "[", text.startswith("[[", at)
         if header:
-            at += 2 if text.startswith("[[", at) else 1
+            at += 2 if array else 1
         key, at = _read_key(text, at)
         if not key:
             return lines
         if header:
-            table = key
+            table = (*key, entries[key]) if array else key
+            entries[key] += array
             at = _end_of_line(text, at)
         else:
             at = _end_of_value(text, at)

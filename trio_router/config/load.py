@@ -17,7 +17,7 @@ from trio_router.config.values import Mismatch, checked
 
 LARGEST_BYTES = 1024 * 1024
 
-_SECTIONS = ("api", "system", "models")
+_SECTIONS = ("api", "system", "models", "keys")
 _TOML_PLACE = re.compile(r" \(at (?:line (?P<line>\d+), column \d+|end of document)\)$")
 
 
@@ -53,6 +53,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> RouterConfig:
     models = {alias: report.model(alias, table, base, parallel) for alias, table in tables.items()}
     if "preload_models" in system:
         system["preload_models"] = report.preload(system["preload_models"], tables)
+    keys = report.keys(document.get("keys", []), tables, api.get("key"))
 
     report.problems.sort(key=lambda problem: (problem.line is None, problem.line))
     if everything := (*report.problems, *problems):
@@ -62,6 +63,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> RouterConfig:
         api=ApiConfig(**api),
         system=SystemConfig(**system),
         models={alias: model for alias, model in models.items() if model is not None},
+        keys=keys,
     )
 
 

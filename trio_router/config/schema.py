@@ -101,6 +101,36 @@ class ModelConfig:
     """Parallel sequences: the flags' `--parallel`, else `system.default_parallel`."""
 
 
+class PriorityBound(enum.Enum):
+    """The best priority that a key's requests may have."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+@attrs.frozen(kw_only=True)
+class KeyConfig:
+    """One of `[[keys]]`: who may ask, and for what."""
+
+    name: str = attrs.field(validator=Matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "letters, digits and ._-, up to 64"))
+    """Stands in logs and metrics for whoever sends the key."""
+    key: str | None = attrs.field(default=None, repr=False, validator=_KEY)
+    """What clients send; instead of `key_sha256`."""
+    key_sha256: str | None = attrs.field(
+        default=None, repr=False, validator=Matching(r"[0-9a-fA-F]{64}", "64 hexadecimal digits")
+    )
+    """The key's SHA-256, so that the file need not hold the key."""
+    models: tuple[str, ...] = ("*",)
+    """Aliases it may ask; `*`: all."""
+    max_priority: PriorityBound = PriorityBound.HIGH
+    """Requests that ask for more get this."""
+    max_concurrency: int | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=1)))
+    """Requests at a time, waiting ones included; None: no bound of its own."""
+    admin: bool = False
+    """Whether it may load, eject, reset and reload."""
+
+
 @attrs.frozen(kw_only=True)
 class RouterConfig:
     """A whole router.toml, checked."""
@@ -111,3 +141,5 @@ class RouterConfig:
     system: SystemConfig
     models: Mapping[str, ModelConfig]
     """By alias, in the order of the file."""
+    keys: tuple[KeyConfig, ...] = ()
+    """Those of the file; the environment's is `api.key`."""

@@ -6,6 +6,7 @@ not hide the second.
 """
 
 import difflib
+import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from trio_router.config.flags import BadSlots, owned_reason, slots_in
 from trio_router.config.lines import line_of
 from trio_router.config.places import BadModelPath, resolve_model_path
 from trio_router.config.problems import KeyPath, Problem, written_key
-from trio_router.config.schema import DERIVED, ModelConfig
+from trio_router.config.schema import DERIVED, KeyConfig, ModelConfig
 from trio_router.config.values import Mismatch, checked, found
 
 
@@ -110,6 +111,51 @@ class Report:
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(models) or 'none'}"
                 self.add(("system", "preload_models", index), f"no model {alias!r}; {hint}")
         return tuple(models) if "*" in written else tuple(dict.fromkeys(written))
+
+    def keys(self, written: object, models: Collection[str], environment_key: str | None) -> tuple[KeyConfig, ...]:
+        """`[[keys]]`, as far as they are right."""
+        if not isinstance(written, list):
+            self.add(("keys",), f"expected tables [[keys]], got {found(written)}")
+            return ()
+        names: set[str] = {API_KEY}
+        digests = set() if environment_key is None else {key_digest(environment_key)}
+        keys = []
+        for index, table in enumerate(written):
+            path: KeyPath = ("keys", index)
+            before = len(self.problems)
+            values = self.fields(KeyConfig, path, table)
+            if isinstance(table, dict):
+                self._key_problems(path, table, values, models)
+            if len(self.problems) > before:
+                continue
+            key = KeyConfig(**values)
+            if key.name in names:
+                self.add((*path, "name"), f"there is another key called {key.name!r}")
+            names.add(key.name)
+            digest = key_digest(key.key) if key.key is not None else bytes.fromhex(key.key_sha256 or "")
+            if digest in digests:
+                self.add(path, f"the key of {key.name!r} is another's too")
+            digests.add(digest)
+            keys.append(key)
+        return tuple(keys)
+
+    def _key_problems(
+        self, path: KeyPath, table: Mapping[str, Any], values: Mapping[str, Any], models: Collection[str]
+    ) -> None:
+        if "name" not in table:
+            self.add((*path, "name"), "missing; it stands for the key in logs and metrics")
+        if ("key" in table) == ("key_sha256" in table):
+            self.add(path, "expected either `key` or `key_sha256`")
+        for number, alias in enumerate(values.get("models", ())):
+            if alias != "*" and alias not in models:
+                close = difflib.get_close_matches(alias, models, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(models) or 'none'}"
+                self.add((*path, "models", number), f"no model {alias!r}; {hint}")
+
+
+def key_digest(key: str) -> bytes:
+    """What is kept of a key, and compared."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _quoted(path: KeyPath, key: str, table: Mapping[str, Any]) -> str:

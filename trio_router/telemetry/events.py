@@ -150,6 +150,8 @@ class RequestFinished:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cached_tokens: int | None = None
+    key: str | None = None
+    """Name of the key it came with."""
 
 
 Event = ModelChanged | ServerChanged | LoadFinished | Unloaded | BackendExited | BackendRestarted

@@ -82,6 +82,8 @@ def _request_as_text(event: RequestFinished) -> str:
         names += f" model={_shown(event.alias)}"
     if event.priority is not None:
         names += f" priority={event.priority}"
+    if event.key is not None:
+        names += f" key={_shown(event.key)}"
     incarnation = "" if event.incarnation is None else f" incarnation={event.incarnation}"
     return (
         f"{_iso(event.finished_at)} [info   ] request id={_shown(event.request_id)} path={_shown(event.endpoint)}{names}"
@@ -95,6 +97,7 @@ def _request_as_json(event: RequestFinished) -> str:
         "path": event.endpoint,
         "model": event.alias,
         "priority": event.priority,
+        "key": event.key,
         "outcome": event.outcome.value,
         "status": event.status,
         "seconds": round(event.duration_seconds, 4),

@@ -1,18 +1,18 @@
 """What is looked at before a request touches a model. Knows nothing of frameworks: values in, an error or facts out."""
 
 import functools
-import hashlib
-import hmac
 import ipaddress
 import itertools
 import re
 import secrets
+from collections.abc import Iterable
 from typing import Final
 
 import attrs
 import msgspec
 
-from trio_router.config.schema import ApiConfig
+from trio_router.config.schema import ApiConfig, KeyConfig
+from trio_router.config.tables import key_digest
 from trio_router.errors import (
     HostNotAllowed,
     InvalidApiKey,
@@ -24,6 +24,7 @@ from trio_router.errors import (
     shown,
 )
 from trio_router.fleet.scheduler import Priority
+from trio_router.web.keys import Holder, key_holders
 
 INFERENCE_PATHS: Final = frozenset(
     {
@@ -124,14 +125,22 @@ class Admission:
     """Who may ask: host, origin, key."""
 
     _api: ApiConfig
-    _key_digest: bytes | None = attrs.field(init=False, repr=False)
+    _keys: Iterable[KeyConfig] = ()
+    renewals: int = attrs.field(init=False, default=0)
+    """How often the rules have been set: what was admitted by other ones is looked at again."""
+    _holders: dict[bytes, Holder] = attrs.field(init=False, factory=dict, repr=False)
     _hosts: frozenset[str] = attrs.field(init=False)
     _wildcard: bool = attrs.field(init=False)
     """Whether we listen on every address, so that any of them is a good name for us."""
 
     def __attrs_post_init__(self) -> None:
-        api = self._api
-        self._key_digest = None if api.key is None else _digest(api.key)
+        self.renew(self._api, self._keys)
+
+    def renew(self, api: ApiConfig, keys: Iterable[KeyConfig]) -> None:
+        """Go by these from now on; what runs is not concerned."""
+        self._api, self._keys = api, keys
+        self.renewals += 1
+        self._holders = key_holders(api, keys, self._holders)
         self._wildcard = api.host in {"0.0.0.0", "::", ""}  # noqa: S104  (compared, not bound)
         listed = api.allowed_hosts
         self._hosts = (
@@ -141,7 +150,7 @@ class Admission:
     @property
     def needs_key(self) -> bool:
         """Whether a key is configured."""
-        return self._key_digest is not None
+        return bool(self._holders)
 
     @property
     def knows_origins(self) -> bool:
@@ -170,20 +179,21 @@ class Admission:
         """Whether a browser may show our answers to pages of `origin`."""
         return origin in self._api.cors_origins
 
-    def check_key(self, path: str, authorization: str | None, x_api_key: str | None) -> None:
-        """Raise InvalidApiKey unless the request brings the key, or needs none."""
-        if self._key_digest is None or path in OPEN_PATHS:
-            return
+    def check_key(self, path: str, authorization: str | None, x_api_key: str | None) -> Holder | None:
+        """Whose key the request brings; None when it needs none. Raises InvalidApiKey."""
+        if not self._holders or path in OPEN_PATHS:
+            return None
         for sent in (_bearer(authorization), x_api_key):
-            # digests are compared, so neither the time nor the length tells anything of the key
-            if sent is not None and hmac.compare_digest(_digest(sent.strip()), self._key_digest):
-                return
+            # by its digest, so the time a look-up takes tells nothing of a key
+            if sent is not None and (holder := self._holders.get(key_digest(sent.strip()))) is not None:
+                return holder
         what = "no API key" if authorization is None and x_api_key is None else "a wrong API key"
         raise InvalidApiKey(f"{what} was sent; send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def changes_state(method: str, path: str) -> bool:
+    """Whether a request is an operator's: it does more than to read, or to ask a model."""
+    return method not in SAFE_METHODS and path.rstrip("/") not in INFERENCE_PATHS
 
 
 def _bearer(authorization: str | None) -> str | None:

@@ -37,7 +37,7 @@ from trio_router.telemetry.events import Events
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
 from trio_router.web import logs, models, monitoring, openapi
-from trio_router.web.admission import INFERENCE_PATHS, Admission, request_id
+from trio_router.web.admission import INFERENCE_PATHS, Admission, changes_state, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
 from trio_router.web.head import BOTH_LENGTHS
@@ -105,6 +105,7 @@ def create_app(
     devices: DeviceMonitor,
     events: Events,
     *,
+    admission: Admission,
     streams: Streams,
     metrics: Metrics,
     summary: Summary,
@@ -117,20 +118,19 @@ def create_app(
     app.config.update(PROVIDE_AUTOMATIC_OPTIONS=False)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False
-    _add_admission(app, config, registry, events)
+    _add_admission(app, admission, registry, events)
     _add_errors(app, events)
     _add_inference(app, registry, events, config.api.max_body_mb * 1024 * 1024)
     models.add_routes(app, registry)
     monitoring.add_routes(app, registry, devices, metrics, summary)
     add_streams(app, streams)
     logs.add_routes(app, registry)
-    openapi.add_routes(app, list(config.models), keys=config.api.key is not None)
+    openapi.add_routes(app, registry, admission)
     return app
 
 
-def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry, events: Events) -> None:
+def _add_admission(app: QuartTrio, admission: Admission, registry: Registry, events: Events) -> None:
     """What every request goes through before its route, and every response after it."""
-    admission = Admission(config.api)
 
     @app.before_request
     async def admit() -> Response | None:
@@ -147,7 +147,10 @@ def _add_admission(app: QuartTrio, config: RouterConfig, registry: Registry, eve
         admission.check_origin(request.method, host, origin)
         if request.method == "OPTIONS":
             return _with(Response(b"", 204), preflight_headers(admission, origin))
-        admission.check_key(request.path, headers.get("Authorization"), headers.get("X-Api-Key"))
+        g.holder = admission.check_key(request.path, headers.get("Authorization"), headers.get("X-Api-Key"))
+        if g.holder is not None and changes_state(request.method, request.path):
+            g.holder.check_admin()
+            log.info("command", key=g.holder.name, method=request.method, path=request.path, id=g.request_id)
         return None
 
     @app.after_request
@@ -209,7 +212,7 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_
         exchange = Exchange(
             registry=registry,
             events=events,
-            asked=Asked.of(path, path + _query(request), headers),
+            asked=Asked.of(path, path + _query(request), headers, g.holder),
             body=await read_body(request, max_body_bytes),
             request_id=g.request_id,
             arrived_at=g.arrived_at,

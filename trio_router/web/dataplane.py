@@ -30,6 +30,7 @@ from trio_router.web.cors import cors_headers
 from trio_router.web.head import BARE_LINE_FEED, END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
+from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer
 
 log = structlog.get_logger("trio_router.web")
@@ -66,6 +67,8 @@ class Known:
     common: bytes
     """Lines that every answer has, but for the request's id."""
     close: bool
+    renewal: int
+    """The rules it was admitted by: as many had gone before them."""
     before: bytes = b""
     after: bytes = b""
     """Its bytes before and after the length."""
@@ -128,6 +131,8 @@ class DataPlane:
             if known is None:
                 return None, 0
             client.known = known
+        if known.renewal != self.admission.renewals:
+            return None, 0
         if not digits.isdigit() or len(digits) > MAX_DIGITS or (length := int(digits)) > self.max_body_bytes:
             return None, 0
         return known, length
@@ -181,12 +186,13 @@ class DataPlane:
         identity = request_id(sent_id)
         common = _lines(cors_headers(self.admission, head.get(b"origin")))
         try:
-            self._admit(head)
+            holder = self._admit(head)
         except RouterError as error:
             self.events.ended(partial(refusal, head.path, error, identity, arrived_at))
             return await self._turn_away(client, error, _common(common, identity))
         known = Known(
-            asked=Asked.of(head.path, head.target, head.headers),
+            asked=Asked.of(head.path, head.target, head.headers, holder),
+            renewal=self.admission.renewals,
             request_id=identity if identity == sent_id else None,
             common=common,
             close=head.close,
@@ -243,14 +249,15 @@ class DataPlane:
             return False
         return not close
 
-    def _admit(self, head: Head) -> None:
-        """Everything that can be said before the body is read. Raises RouterError."""
+    def _admit(self, head: Head) -> Holder | None:
+        """Everything that can be said before the body is read; whose key it is. Raises RouterError."""
         host = head.get(b"host")
         self.admission.check_host(host)
         self.admission.check_origin("POST", host, head.get(b"origin"))
-        self.admission.check_key(head.path, head.get(b"authorization"), head.get(b"x-api-key"))
+        holder = self.admission.check_key(head.path, head.get(b"authorization"), head.get(b"x-api-key"))
         if head.length > self.max_body_bytes:
             raise BodyTooLarge(f"the body is larger than {self.max_body_bytes} bytes, the limit (api.max_body_mb)")
+        return holder
 
     async def _read_body(self, client: ClientSocket, length: int) -> bytes | bytearray:
         """The body, which is the next `length` bytes. Raises RequestTimeout, ClientLeft."""

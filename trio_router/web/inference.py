@@ -18,6 +18,7 @@ from trio_router.fleet.scheduler import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import check_encoding, priority, read_wish
+from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
 
 INTERNAL_ERROR = 500
@@ -32,17 +33,19 @@ class Asked:
     path: str
     start: bytes
     """Of the head that goes to a backend."""
+    holder: Holder | None = None
+    """Whose key it came with; None where none is needed."""
     priority: Priority = Priority.NORMAL
     problem: RouterError | None = None
     """Why a request with this head cannot be answered, whatever its body is."""
 
     @classmethod
-    def of(cls, path: str, target: str, headers: Headers) -> "Asked":
+    def of(cls, path: str, target: str, headers: Headers, holder: Holder | None) -> "Asked":
         """Read a head: `headers` in the order they came, none of the server's own, names in lower case.
 
         `target` is the path with its query, as the client wrote it.
         """
-        asked = cls(path=path, start=request_start(target, headers))
+        asked = cls(path=path, start=request_start(target, headers), holder=holder)
         fields = first_values(headers)
         try:
             check_encoding(_text(fields.get(b"content-encoding")))
@@ -74,6 +77,8 @@ class Exchange:
     """Trio time."""
     _answer: Answer | None = None
     _ticket: Ticket | None = None
+    _entered: bool = False
+    """Whether the key's holder counts it among its own."""
     _first_byte_at: float = 0.0
     _ended_at: float = 0.0
     _finished_at: float = 0.0
@@ -84,6 +89,7 @@ class Exchange:
         try:
             self._answer = answer = await self._open()
         except BaseException as error:
+            self._leave()
             self._ended(error)
             raise
         self._first_byte_at = trio.current_time()
@@ -93,6 +99,7 @@ class Exchange:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Release; needs no await, so a cancelled request releases like any other."""
+        self._leave()
         answer = self._answer
         if answer is not None:
             whole = answer.handed_out
@@ -101,11 +108,21 @@ class Exchange:
             answer.close()
             self._ended(None if whole else answer.error or error)
 
+    def _leave(self) -> None:
+        if self._entered and self.asked.holder is not None:
+            self.asked.holder.leave()
+            self._entered = False
+
     async def _open(self) -> Answer:
         asked = self.asked
         if asked.problem is not None:
             raise asked.problem.again()
         self._ticket = ticket = self.registry.ticket(read_wish(self.body).model, asked.priority)
+        if asked.holder is not None:
+            allowed = asked.holder.enter(ticket.alias, ticket.priority)
+            self._entered = True
+            if allowed is not ticket.priority:
+                self._ticket = ticket = self.registry.ticket(ticket.alias, allowed)
         outgoing = Outgoing(asked.start, self.body, self.request_id)
         lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
         return Answer(asked.path, lease, opened, (ticket.granted_at or 0.0) - self.arrived_at)
@@ -133,6 +150,7 @@ class Exchange:
             outcome=outcome_of(error, status),
             status=status,
             code=error.code if isinstance(error, RouterError) else None,
+            key=None if self.asked.holder is None else self.asked.holder.name,
             duration_seconds=self._ended_at - self.arrived_at,
         )
         if ticket is not None and ticket.granted_at is not None:

@@ -8,7 +8,8 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from trio_router import __version__
-from trio_router.web.admission import INFERENCE_PATHS, OPEN_PATHS
+from trio_router.fleet.registry import Registry
+from trio_router.web.admission import INFERENCE_PATHS, OPEN_PATHS, Admission
 from trio_router.web.responses import json_response
 
 Schema = Mapping[str, Any]
@@ -156,7 +157,7 @@ def _inference(path: str) -> Endpoint:
         summary="Answered by the llama-server of the body's model; its own errors pass through.",
         tag="inference",
         answers={200: (JSON, ANY)},
-        errors=(404, 408, 413, 415, 500, 501, 502, 503, 504),
+        errors=(404, 408, 413, 415, 429, 500, 501, 502, 503, 504),
         parameters=(PRIORITY,),
         body="InferenceRequest",
         error=_object(error=OBJECT),  # llama-server's own errors have other fields
@@ -297,10 +298,9 @@ def document(aliases: Sequence[str], *, keys: bool) -> dict[str, Any]:
     }
 
 
-def add_routes(app: QuartTrio, aliases: Sequence[str], *, keys: bool) -> None:
+def add_routes(app: QuartTrio, registry: Registry, admission: Admission) -> None:
     """Add it to `app`."""
-    described = document(aliases, keys=keys)
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return json_response(described)
+        return json_response(document(list(registry.models), keys=admission.needs_key))
