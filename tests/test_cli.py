@@ -41,7 +41,8 @@ def served(monkeypatch):
     """Stands for the tree; holds what it was asked to serve."""
     calls = []
 
-    def serve(config, server, **options):
+    def serve(config, server, read, **options):
+        assert read() == config
         calls.append(SimpleNamespace(config=config, server=server, **options))
         return 1
 

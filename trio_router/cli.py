@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -31,14 +31,20 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
     options = parser.parse_args(arguments)
     from trio_router.config import ConfigError, load_config  # noqa: PLC0415 - see above
 
+    path = _config_path(options.config, environ)
+
+    def read() -> "RouterConfig":
+        return load_config(path, environ)
+
     try:
-        config = load_config(_config_path(options.config, environ), environ)
+        config = read()
     except ConfigError as error:
         _print_problems(error.problems)
         return BAD_CONFIG
     if options.command == "check":
         return _check(config, environ)
-    return _serve(_with_address(config, options, parser), environ, options.log_format, options.log_level)
+    config = _with_address(config, options, parser)
+    return _serve(config, environ, options, lambda: _with_address(read(), options, parser))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +105,12 @@ def _with_address(
         refuse(error)
 
 
-def _serve(config: "RouterConfig", environ: Mapping[str, str], log_format: str, log_level: str) -> int:
+def _serve(
+    config: "RouterConfig",
+    environ: Mapping[str, str],
+    options: argparse.Namespace,
+    read: Callable[[], "RouterConfig"],
+) -> int:
     from trio_router.config import (  # noqa: PLC0415
         LlamaServerNotFound,
         LlamaServerUnusable,
@@ -121,11 +132,11 @@ def _serve(config: "RouterConfig", environ: Mapping[str, str], log_format: str, 
         return BAD_CONFIG
     for problem in problems:
         warning = {"level": "warning", "event": str(problem)}
-        _say(json.dumps(warning) if log_format == "json" else f"warning: {problem}", sys.stderr)
+        _say(json.dumps(warning) if options.log_format == "json" else f"warning: {problem}", sys.stderr)
 
     from trio_router import tree  # noqa: PLC0415
 
-    return tree.main(config, server, log_format=log_format, log_level=log_level)
+    return tree.main(config, server, read, log_format=options.log_format, log_level=options.log_level)
 
 
 def _check(config: "RouterConfig", environ: Mapping[str, str]) -> int:

@@ -81,6 +81,12 @@ class InvalidRequest(RouterError):
     code = "invalid_request"
 
 
+class InvalidConfig(InvalidRequest):
+    """Raised when router.toml is to be read again and is wrong; `details` has every problem."""
+
+    code = "invalid_config"
+
+
 class HeadRefused(RouterError):
     """Raised when a request's head is no HTTP we speak; `status` is what HTTP has for that."""
 

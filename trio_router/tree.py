@@ -1,14 +1,14 @@
 """The nursery tree: what starts, in which order, and stops in reverse.
 
     root nursery
-    |- signals                      SIGTERM, SIGINT: drain; a second one: cancel
+    |- signals                      SIGTERM, SIGINT: drain; a second one: cancel. SIGHUP: another configuration
     |- events.run                   tells sinks of requests that ended
     |- registry.run                 the only task that starts and stops models
     |  |- supervisor[qwen-7b]       child nursery: llama-server, its log, its health
     |  `- supervisor[...]
     |- devices.run                  NVML samples
     |- notifier.run                 systemd's watchdog, if it is there
-    |- fill_footprints              reads the models' files, once
+    |- fill_footprints              reads the models' files, at the start and after a reload
     |- streams.run                  heartbeats and numbers for those who watch
     `- listener                     last to start
        `- connection ...            holds a lease while it streams
@@ -36,6 +36,7 @@ from trio_router.config import LlamaServer
 from trio_router.config.schema import RouterConfig
 from trio_router.fleet.footprints import fill_footprints
 from trio_router.fleet.registry import Registry
+from trio_router.fleet.reload import Changes
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.notify import Notifier
 from trio_router.telemetry.events import Events, RequestSink
@@ -49,6 +50,7 @@ from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
 from trio_router.web.in_flight import InFlight
 from trio_router.web.listener import Connections, bound_port, open_sockets, serve_connections
+from trio_router.web.reload import Reloader
 from trio_router.web.streams import Streams
 
 LAST_WORDS_SECONDS = 0.5
@@ -57,19 +59,34 @@ LAST_WORDS_SECONDS = 0.5
 log = structlog.get_logger("trio_router")
 
 
-def main(config: RouterConfig, server: LlamaServer, *, log_format: str = "text", log_level: str = "info") -> int:
-    """Serve until told to stop; returns the exit status. Must be called in the main thread."""
+def main(
+    config: RouterConfig,
+    server: LlamaServer,
+    read: Callable[[], RouterConfig],
+    *,
+    log_format: str = "text",
+    log_level: str = "info",
+) -> int:
+    """Serve until told to stop; returns the exit status. Must be called in the main thread.
+
+    `read` reads the configuration once more, and raises ConfigError if it is wrong.
+    """
     configure_logs(log_format, log_level)
     try:
         with private_folder() as folder:
             launcher = Launcher(server=server, folder=folder, transport=config.system.backend_transport)
-            return trio.run(serve, config, launcher, request_log(log_format, log_level))
+            return trio.run(serve, config, launcher, read, request_log(log_format, log_level))
     except OSError as error:
         print(f"trio-router: {error}", file=sys.stderr)  # noqa: T201  (the last word of a program)
         return 1
 
 
-async def serve(config: RouterConfig, launcher: Launcher, requests: RequestSink | None = None) -> int:
+async def serve(
+    config: RouterConfig,
+    launcher: Launcher,
+    read: Callable[[], RouterConfig],
+    requests: RequestSink | None = None,
+) -> int:
     """The root; `requests` is told of those that ended. Returns the exit status."""
     events = Events()
     devices = DeviceMonitor(gpu_devices=config.system.gpu_devices)
@@ -82,8 +99,16 @@ async def serve(config: RouterConfig, launcher: Launcher, requests: RequestSink 
     events.request_sinks += [] if requests is None else [requests]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
+    reloader = Reloader(read=read, registry=registry, admission=admission)
     app = create_app(
-        config, registry, devices, events, admission=admission, streams=streams, metrics=metrics, summary=summary
+        registry,
+        devices,
+        events,
+        admission=admission,
+        reloader=reloader,
+        streams=streams,
+        metrics=metrics,
+        summary=summary,
     )
     try:
         sockets = await open_sockets(config.api.host, config.api.port)
@@ -91,7 +116,7 @@ async def serve(config: RouterConfig, launcher: Launcher, requests: RequestSink 
         # no traceback: the sentence says all
         log.error("cannot listen", host=config.api.host, port=config.api.port, error=str(error))  # noqa: TRY400
         return 1
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as root:
             await root.start(events.run)
             await root.start(registry.run)
@@ -103,16 +128,20 @@ async def serve(config: RouterConfig, launcher: Launcher, requests: RequestSink 
                 registry=registry,
                 events=events,
                 admission=admission,
-                max_body_bytes=config.api.max_body_mb * 1024 * 1024,
+                max_body_bytes=config.api.max_body_bytes,
             )
+
+            def reloaded(changes: Changes) -> None:
+                plane.max_body_bytes = changes.config.api.max_body_bytes
+                root.start_soon(root.start, fill_footprints, registry, launcher, devices)
+
+            reloader.told.append(reloaded)
             await root.start(serve_connections, Connections(app=ASGIWrapper(app), plane=plane), sockets)
             spare_the_collector()
             registry.enter("ready")
             announce(config, bound_port(sockets))
-            stop = partial(
-                drain_and_stop, root.cancel_scope, registry, plane.in_flight, config.system.drain_timeout_sec
-            )
-            root.start_soon(stop_on_signals, signals, root.cancel_scope, registry, stop)
+            stop = partial(drain_and_stop, root.cancel_scope, registry, plane.in_flight)
+            root.start_soon(heed_signals, signals, root.cancel_scope, registry, reloader, stop)
     events.settle()
     log.info("stopped")
     return 0
@@ -139,23 +168,30 @@ def announce(config: RouterConfig, port: int) -> None:
     print(f"trio-router listens on http://{host}:{port}", flush=True)  # noqa: T201
 
 
-async def stop_on_signals(
-    signals: AsyncIterator[int], root: trio.CancelScope, registry: Registry, stop: Callable[[], Awaitable[None]]
+async def heed_signals(
+    signals: AsyncIterator[int],
+    root: trio.CancelScope,
+    registry: Registry,
+    reloader: Reloader,
+    stop: Callable[[], Awaitable[None]],
 ) -> None:
-    """The first signal drains and then stops; another stops at once."""
+    """SIGHUP reads the configuration again. The first of the others drains and then stops; another stops at once."""
     async with trio.open_nursery() as nursery:
         async for number in signals:
-            if registry.draining:
+            if number == signal.SIGHUP:
+                nursery.start_soon(reloader.reload_by_signal)
+            elif registry.draining:
                 log.warning("stopping at once", signal=signal.Signals(number).name)
                 root.cancel()
                 return
-            log.info("draining", signal=signal.Signals(number).name)
-            nursery.start_soon(stop)
+            else:
+                log.info("draining", signal=signal.Signals(number).name)
+                nursery.start_soon(stop)
 
 
-async def drain_and_stop(root: trio.CancelScope, registry: Registry, in_flight: InFlight, seconds: float) -> None:
+async def drain_and_stop(root: trio.CancelScope, registry: Registry, in_flight: InFlight) -> None:
     """Let what runs finish, then stop."""
-    await registry.drain(seconds)
+    await registry.drain(registry.config.system.drain_timeout_sec)
     with trio.move_on_after(LAST_WORDS_SECONDS):
         await in_flight.until_none()  # they were told that we drain; some may not have written or read it yet
     root.cancel()

@@ -45,7 +45,7 @@ class Fleet:
     """Times, states, and what became of requests."""
 
     def __getitem__(self, alias: str) -> Model:
-        return self.registry.models[alias]
+        return next(model for model in self.registry._all() if model.alias == alias)
 
     @property
     def states(self) -> str:

@@ -36,6 +36,7 @@ from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
 from trio_router.web.listener import Connections
+from trio_router.web.reload import Reloader
 from trio_router.web.streams import Streams
 
 CHAT = "/v1/chat/completions"
@@ -196,8 +197,16 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     events.request_sinks += [summary.requests, metrics.requests, keys]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
+    reloader = Reloader(read=lambda: config, registry=registry, admission=admission)
     app = create_app(
-        config, registry, devices, events, admission=admission, streams=streams, metrics=metrics, summary=summary
+        registry,
+        devices,
+        events,
+        admission=admission,
+        reloader=reloader,
+        streams=streams,
+        metrics=metrics,
+        summary=summary,
     )
     plane = DataPlane(
         registry=registry,

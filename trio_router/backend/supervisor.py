@@ -38,7 +38,7 @@ from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.backend.lifecycle import Move, State, after
 from trio_router.backend.logtail import LogTail
 from trio_router.backend.process import ServerProcess
-from trio_router.config.schema import ModelConfig
+from trio_router.config.schema import ModelConfig, SystemConfig
 from trio_router.errors import LoadTimeout, ModelFailed, RouterError
 from trio_router.telemetry.events import (
     BackendExited,
@@ -62,6 +62,11 @@ JOURNAL_BYTES = 256 * 1024
 log = structlog.get_logger("trio_router.backend")
 
 
+def new_journal() -> Ring[str]:
+    """An empty one."""
+    return Ring(max_items=JOURNAL_LINES, max_bytes=JOURNAL_BYTES)
+
+
 class Gate(Protocol):
     """Where a supervisor tells its model's queue what it has for it."""
 
@@ -83,6 +88,16 @@ class SupervisorSettings:
     request_timeout_seconds: float
     health_interval_seconds: float
     max_load_attempts: int
+
+    @classmethod
+    def of(cls, system: SystemConfig) -> "SupervisorSettings":
+        """Those of `[system]`."""
+        return cls(
+            load_timeout_seconds=system.load_timeout_sec,
+            request_timeout_seconds=system.request_timeout_sec,
+            health_interval_seconds=system.health_interval_sec,
+            max_load_attempts=system.max_load_attempts,
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -117,7 +132,7 @@ class Supervisor:
     pid: int | None = None
     tail: LogTail = attrs.field(factory=LogTail)
     """The log of the incarnation at hand, or of the last one."""
-    journal: Ring[str] = attrs.field(factory=lambda: Ring(max_items=JOURNAL_LINES, max_bytes=JOURNAL_BYTES))
+    journal: Ring[str] = attrs.field(factory=new_journal)
     """The logs of all incarnations, one after the other: what `/logs` shows and follows."""
     health: Health = attrs.field(factory=Health)
     error: str | None = None

@@ -47,6 +47,11 @@ class ApiConfig:
     key: str | None = attrs.field(default=None, repr=False, metadata=DERIVED, validator=_KEY)
     """From the environment's API_KEY, never from the file."""
 
+    @property
+    def max_body_bytes(self) -> int:
+        """`max_body_mb` in bytes."""
+        return self.max_body_mb * 1024 * 1024
+
 
 @attrs.frozen(kw_only=True)
 class SystemConfig:

@@ -56,6 +56,10 @@ class Model:
     """Unix time of its file, or of our start."""
     retiring: UnloadReason | None = None
     """Why it is on its way out."""
+    pending: ModelConfig | None = None
+    """Its new entry of router.toml, which it goes by once its llama-server is gone."""
+    back: bool = False
+    """Whether it is to be loaded again then."""
     cut: bool = False
     """Whether its running requests are being ended rather than waited for."""
     scope: trio.CancelScope | None = None
@@ -121,6 +125,17 @@ class Model:
             was_ready=self.was_ready,
             last_used=self.last_used,
         )
+
+    def renew(self) -> None:
+        """Go by the new entry, if there is one; nothing of it is in memory. It is tried again if it had failed."""
+        if self.pending is None:
+            return
+        self.config = self.supervisor.model = self.pending
+        self.scheduler.slots = self.config.slots
+        self.pending = self.footprint = self.footprint_problem = None
+        self.supervisor.reset()
+        self.kept = self.kept or self.back
+        self.back = False
 
     def used(self) -> None:
         """It did something just now."""

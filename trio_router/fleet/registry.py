@@ -12,6 +12,7 @@ and each ends its llama-server.
 *Error handling.* A model that fails is a fact, kept with the model. An exception here is a bug and ends the tree.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Mapping
@@ -20,16 +21,18 @@ import attrs
 import structlog
 import trio
 
+from trio_router.backend.backend import Backend
 from trio_router.backend.launch import Launcher
 from trio_router.backend.lifecycle import Move, State
-from trio_router.backend.supervisor import Supervisor, SupervisorSettings
-from trio_router.config.schema import RouterConfig
+from trio_router.backend.supervisor import Supervisor, SupervisorSettings, new_journal
+from trio_router.config.schema import ModelConfig, RouterConfig
 from trio_router.errors import BackendUnavailable, ShuttingDown, UnknownModel, shown
 from trio_router.fleet.model import Model
 from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decide
+from trio_router.fleet.reload import Changes
 from trio_router.fleet.scheduler import Lease, Priority, Scheduler, Ticket
 from trio_router.memory.devices import DeviceMonitor
-from trio_router.telemetry.events import Events, ServerChanged, Unloaded, UnloadReason
+from trio_router.telemetry.events import Events, Reloaded, ServerChanged, Unloaded, UnloadReason
 from trio_router.telemetry.facts import FleetFacts
 
 log = structlog.get_logger("trio_router.fleet")
@@ -49,6 +52,13 @@ class _Eject:
     drain_seconds: float
 
 
+@attrs.frozen(kw_only=True)
+class _Renew:
+    """The model's entry of router.toml is another, or gone."""
+
+    model: Model
+
+
 @attrs.define(eq=False, kw_only=True)
 class Registry:
     """The models by alias."""
@@ -56,44 +66,48 @@ class Registry:
     config: RouterConfig
     models: Mapping[str, Model]
     events: Events
+    launcher: Launcher
+    devices: DeviceMonitor | None = None
+    leaving: list[Model] = attrs.field(factory=list)
+    """Taken out of router.toml, and still in memory."""
     phase: str = "starting"
     """starting, ready, draining: what users see of the router itself."""
     started_at: float = attrs.field(factory=time.time)
     updated_at: float = attrs.field(factory=time.time)
-    _mail: trio.MemorySendChannel[_Look | _Eject] = attrs.field(init=False)
-    _inbox: trio.MemoryReceiveChannel[_Look | _Eject] = attrs.field(init=False)
+    _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count)
+    _mail: trio.MemorySendChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
+    _inbox: trio.MemoryReceiveChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
     _look_posted: bool = False
     _someone_waits: bool = False
 
     def __attrs_post_init__(self) -> None:
-        # without a bound: looks are coalesced to one, and each eject has a client that waits for it
-        self._mail, self._inbox = trio.open_memory_channel[_Look | _Eject](math.inf)
+        # without a bound: looks are coalesced to one, and each other letter has a client that waits for it
+        self._mail, self._inbox = trio.open_memory_channel[_Look | _Eject | _Renew](math.inf)
 
     @classmethod
     def of(
         cls, config: RouterConfig, launcher: Launcher, events: Events, devices: DeviceMonitor | None = None
     ) -> "Registry":
         """A registry of `config`'s models, all off."""
-        models: dict[str, Model] = {}
-        registry = cls(config=config, models=models, events=events)
-        settings = SupervisorSettings(
-            load_timeout_seconds=config.system.load_timeout_sec,
-            request_timeout_seconds=config.system.request_timeout_sec,
-            health_interval_seconds=config.system.health_interval_sec,
-            max_load_attempts=config.system.max_load_attempts,
-        )
-        for number, entry in enumerate(config.models.values()):
-            scheduler = Scheduler(
-                alias=entry.alias, slots=entry.slots, max_waiting=config.system.max_queue_size_per_model
-            )
-            model = Model(config=entry, scheduler=scheduler, events=events, look=registry.look, devices=devices)
-            model.supervisor = Supervisor(
-                model=entry, number=number, launcher=launcher, settings=settings, gate=model, events=events
-            )
-            scheduler.demand = registry.look
-            scheduler.rest = lambda model=model: registry._rested(model)  # type: ignore[misc]
-            models[entry.alias] = model
+        registry = cls(config=config, models={}, events=events, launcher=launcher, devices=devices)
+        registry.models = {alias: registry._new(entry) for alias, entry in config.models.items()}
         return registry
+
+    def _new(self, entry: ModelConfig) -> Model:
+        system = self.config.system
+        scheduler = Scheduler(alias=entry.alias, slots=entry.slots, max_waiting=system.max_queue_size_per_model)
+        model = Model(config=entry, scheduler=scheduler, events=self.events, look=self.look, devices=self.devices)
+        model.supervisor = Supervisor(
+            model=entry,
+            number=next(self._numbers),
+            launcher=self.launcher,
+            settings=SupervisorSettings.of(system),
+            gate=model,
+            events=self.events,
+        )
+        scheduler.demand = self.look
+        scheduler.rest = lambda: self._rested(model)
+        return model
 
     @property
     def draining(self) -> bool:
@@ -151,6 +165,12 @@ class Registry:
         if model.state is State.FAILED:
             raise model.supervisor.failure()
 
+    def proved(self, backend: Backend) -> None:
+        """A request was answered by `backend`, to its end."""
+        model = self.models.get(backend.alias)
+        if model is not None and model.supervisor.backend is backend:
+            model.supervisor.proved()
+
     # --- commands ---------------------------------------------------------------------------------
 
     async def load(self, alias: str) -> Model:
@@ -207,6 +227,41 @@ class Registry:
         self.look()
         return True, previous
 
+    def apply(self, changes: Changes) -> None:
+        """Go by another configuration from now on.
+
+        A model whose own entry changed leaves memory as by an eject, and comes back with the new entry if it was
+        loaded; those who wait for it wait on. One that was taken out leaves too, and those who wait are told.
+        """
+        before, self.config = self.config, changes.config
+        system = self.config.system
+        for alias in changes.removed:
+            model = self.models[alias]
+            model.refused(UnknownModel(f"model {alias!r} was taken out of the configuration", param="model"))
+            model.supervisor.journal.close()
+            if model.state.resident:
+                self.leaving.append(model)
+                self._mail.send_nowait(_Renew(model=model))
+        returning = {model.alias: model for model in self.leaving if model.alias in changes.added}
+        self.leaving = [model for model in self.leaving if model.alias not in returning]
+        for model in returning.values():
+            model.supervisor.journal = new_journal()
+        known = {**self.models, **returning}
+        self.models = {alias: known.get(alias) or self._new(entry) for alias, entry in self.config.models.items()}
+        for alias, model in self.models.items():
+            model.supervisor.settings = SupervisorSettings.of(system)
+            model.scheduler.max_waiting = system.max_queue_size_per_model
+            if alias in changes.changed or alias in returning:
+                model.pending = self.config.models[alias]
+                if model.state.resident:
+                    self._mail.send_nowait(_Renew(model=model))
+                else:
+                    model.renew()
+            if alias in system.preload_models and alias not in before.system.preload_models:
+                model.preload = True
+        self.events.emit(Reloaded(aliases=tuple(self.models)))
+        self.look()
+
     # --- the task ---------------------------------------------------------------------------------
 
     def look(self) -> None:
@@ -229,7 +284,7 @@ class Registry:
             self.look()
             again = math.inf
             while True:
-                mail: _Look | _Eject = _Look()
+                mail: _Look | _Eject | _Renew = _Look()
                 with trio.move_on_at(again):
                     mail = await self._inbox.receive()
                 match mail:
@@ -237,6 +292,11 @@ class Registry:
                         self._retire(
                             nursery, mail.model, UnloadReason.EJECTED, cut=mail.force, drain_seconds=mail.drain_seconds
                         )
+                    case _Renew(model=model):
+                        # one that is on its way out already leaves as it would have, and does not come back by itself
+                        model.back = model.back or (model.retiring is None and model not in self.leaving)
+                        drain_seconds = self.config.system.drain_timeout_sec
+                        self._retire(nursery, model, UnloadReason.RELOADED, cut=False, drain_seconds=drain_seconds)
                     case _Look():
                         self._look_posted = False
                 again = self._do(nursery, self._decide())
@@ -246,20 +306,25 @@ class Registry:
         return decide(
             Snapshot(
                 now=trio.current_time(),
-                models=[model.snapshot() for model in self.models.values()] if not self.draining else [],
+                models=[model.snapshot() for model in self._all()] if not self.draining else [],
                 max_resident=system.max_concurrent_models,
                 idle_timeout=system.idle_timeout_sec if system.enable_idle_timeout else None,
             )
         )
 
+    def _all(self) -> list[Model]:
+        """Every model that may hold memory; no two have the same alias."""
+        return [*self.models.values(), *self.leaving]
+
     def _do(self, nursery: trio.Nursery, decision: Decision) -> float:
+        models = {model.alias: model for model in self._all()}
         for action in decision.actions:
             match action:
                 case Start():
-                    self._start(nursery, self.models[action.alias])
+                    self._start(nursery, models[action.alias])
                 case Retire():
                     log.info("unloading", model=action.alias, reason=action.reason.value)
-                    self._retire(nursery, self.models[action.alias], action.reason, cut=False, drain_seconds=0.0)
+                    self._retire(nursery, models[action.alias], action.reason, cut=False, drain_seconds=0.0)
         self._someone_waits = decision.someone_waits
         return decision.look_again_at
 
@@ -280,6 +345,9 @@ class Registry:
             if reason is None:
                 reason = UnloadReason.FAILED if model.state is State.FAILED else UnloadReason.SHUTDOWN
             model.scope = model.retiring = None
+            if model in self.leaving:
+                self.leaving.remove(model)
+            model.renew()
             self.events.emit(Unloaded(alias=model.alias, reason=reason))
             model.settle()
             self.look()
@@ -320,10 +388,10 @@ class Registry:
     async def drain(self, seconds: float) -> None:
         """Refuse what waits and what comes, and wait up to `seconds` for what runs."""
         self.enter("draining")
-        for model in self.models.values():
+        for model in self._all():
             model.refused(ShuttingDown("the router is shutting down"))
         with trio.move_on_after(seconds) as bound:
-            for model in self.models.values():
+            for model in self._all():
                 await model.scheduler.until_no_lease()
         if bound.cancelled_caught:
-            log.warning("requests are cut", running=sum(model.scheduler.active for model in self.models.values()))
+            log.warning("requests are cut", running=sum(model.scheduler.active for model in self._all()))

@@ -56,6 +56,7 @@ class UnloadReason(enum.Enum):
     ABANDONED = "abandoned"
     SHUTDOWN = "shutdown"
     FAILED = "failed"
+    RELOADED = "reloaded"
 
 
 class ExitKind(enum.Enum):
@@ -83,6 +84,13 @@ class ServerChanged:
     """The router itself is starting, ready or draining now."""
 
     status: str
+
+
+@attrs.frozen(kw_only=True)
+class Reloaded:
+    """Another configuration holds from now on: these are its models."""
+
+    aliases: tuple[str, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -154,7 +162,7 @@ class RequestFinished:
     """Name of the key it came with."""
 
 
-Event = ModelChanged | ServerChanged | LoadFinished | Unloaded | BackendExited | BackendRestarted
+Event = ModelChanged | ServerChanged | Reloaded | LoadFinished | Unloaded | BackendExited | BackendRestarted
 
 Sink = Callable[[Event], None]
 RequestSink = Callable[[Sequence[RequestFinished]], None]

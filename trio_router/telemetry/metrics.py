@@ -32,6 +32,7 @@ from trio_router.telemetry.events import (
     LoadFinished,
     LoadResult,
     Outcome,
+    Reloaded,
     RequestFinished,
     Unloaded,
     UnloadReason,
@@ -140,6 +141,9 @@ class Metrics:
                 self._exits(self._model(event.alias), event.kind.value).inc()
             case BackendRestarted():
                 self._restarts(self._model(event.alias)).inc()
+            case Reloaded(aliases=aliases):
+                self._aliases = frozenset(aliases)
+                self._begin(aliases)
             case _:  # a change of state: gauges show it
                 pass
 

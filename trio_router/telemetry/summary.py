@@ -19,6 +19,7 @@ from trio_router.telemetry.events import (
     LoadFinished,
     LoadResult,
     Outcome,
+    Reloaded,
     RequestFinished,
     Unloaded,
 )
@@ -82,6 +83,8 @@ class Summary:
                 self._of(alias).availability.mark(self.clock(), up=False)
             case Unloaded(alias=alias):
                 self._of(alias).availability.mark(self.clock(), up=None)
+            case Reloaded(aliases=aliases):
+                self._models = {alias: self._models.get(alias, _OfModel()) for alias in (None, *aliases)}
             case _:
                 pass
 

@@ -21,7 +21,6 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
 from trio_router.backend.connection import Headers
-from trio_router.config.schema import RouterConfig
 from trio_router.errors import (
     HeadRefused,
     InternalError,
@@ -36,12 +35,13 @@ from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
-from trio_router.web import logs, models, monitoring, openapi
+from trio_router.web import logs, models, monitoring, openapi, reload
 from trio_router.web.admission import INFERENCE_PATHS, Admission, changes_state, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
 from trio_router.web.head import BOTH_LENGTHS
 from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Asked, Exchange, refusal
+from trio_router.web.reload import Reloader
 from trio_router.web.responses import error_response
 from trio_router.web.sse import StreamBody
 from trio_router.web.streams import Streams
@@ -100,12 +100,12 @@ class Connection(TrioASGIHTTPConnection):
 
 
 def create_app(
-    config: RouterConfig,
     registry: Registry,
     devices: DeviceMonitor,
     events: Events,
     *,
     admission: Admission,
+    reloader: Reloader,
     streams: Streams,
     metrics: Metrics,
     summary: Summary,
@@ -120,11 +120,12 @@ def create_app(
     app.url_map.merge_slashes = False
     _add_admission(app, admission, registry, events)
     _add_errors(app, events)
-    _add_inference(app, registry, events, config.api.max_body_mb * 1024 * 1024)
+    _add_inference(app, registry, events)
     models.add_routes(app, registry)
     monitoring.add_routes(app, registry, devices, metrics, summary)
     add_streams(app, streams)
     logs.add_routes(app, registry)
+    reload.add_routes(app, reloader)
     openapi.add_routes(app, registry, admission)
     return app
 
@@ -203,7 +204,7 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
         return error_response(InternalError("an internal error; the router's log says more"))
 
 
-def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_bytes: int) -> None:
+def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> None:
     """The paths that are answered by a llama-server."""
 
     async def inference() -> Response:
@@ -213,7 +214,7 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, max_body_
             registry=registry,
             events=events,
             asked=Asked.of(path, path + _query(request), headers, g.holder),
-            body=await read_body(request, max_body_bytes),
+            body=await read_body(request, registry.config.api.max_body_bytes),
             request_id=g.request_id,
             arrived_at=g.arrived_at,
         )

@@ -104,7 +104,7 @@ class Exchange:
         if answer is not None:
             whole = answer.handed_out
             if whole:  # a client may go away with its last byte: that is no cancellation
-                self.registry.models[answer.lease.slot.backend.alias].supervisor.proved()
+                self.registry.proved(answer.lease.slot.backend)
             answer.close()
             self._ended(None if whole else answer.error or error)
 

@@ -27,6 +27,7 @@ def _object(**properties: Schema) -> Schema:
 
 
 STRING: Final[Schema] = {"type": "string"}
+STRINGS: Final[Schema] = {"type": "array", "items": STRING}
 TEXT_OR_NULL: Final[Schema] = {"type": ["string", "null"]}
 NUMBER: Final[Schema] = {"type": "number"}
 COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
@@ -243,6 +244,13 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         answers={200: (JSON, _DONE)},
         errors=(404,),
         parameters=(ALIAS,),
+    ),
+    Endpoint(
+        method="post",
+        path="/v1/config/reload",
+        summary="Read router.toml again: refused whole if wrong; only models whose settings changed are restarted.",
+        tag="configuration",
+        answers={200: (JSON, _object(status=STRING, changed=STRINGS, after_restart=STRINGS, models=OBJECT))},
     ),
     _get("/health", "Is the router well?", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
     _get("/livez", "Is it alive?", _object(status=STRING)),

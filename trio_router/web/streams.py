@@ -23,7 +23,7 @@ from quart_trio import QuartTrio
 
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import fleet_status, server_status, status
-from trio_router.telemetry.events import Event, Events, ModelChanged, ServerChanged
+from trio_router.telemetry.events import Event, Events, ModelChanged, Reloaded, ServerChanged
 from trio_router.web.sse import Hub, stream_response
 
 COUNTS_SECONDS = 0.5
@@ -58,15 +58,22 @@ class Streams:
         """Streams that hear of what happens from now on."""
         streams = cls(registry=registry, measure=measure)
         events.sinks.append(streams.hear)
-        for alias, model in registry.models.items():
-            model.scheduler.changed = partial(streams.counts_changed, alias)
+        streams._count_all()
         return streams
+
+    def _count_all(self) -> None:
+        for alias, model in self.registry.models.items():
+            model.scheduler.changed = partial(self.counts_changed, alias)
 
     def hear(self, event: Event) -> None:
         """A sink: publish what concerns operators."""
         match event:
-            case ModelChanged():
-                self._show(event.alias, status(self.registry.models[event.alias]))
+            case ModelChanged(alias=alias):
+                self._show(alias)
+            case Reloaded():
+                self._count_all()
+                self._shown = {alias: status(model) for alias, model in self.registry.models.items()}
+                self.status.publish("full_status", fleet_status(self.registry))
             case ServerChanged():
                 self.status.publish("server_update", server_status(self.registry))
                 if self.registry.draining:
@@ -109,10 +116,14 @@ class Streams:
         stale, self._stale = self._stale, {}
         self._counted = trio.Event()
         for alias in stale:
-            self._show(alias, status(self.registry.models[alias]))
+            self._show(alias)
 
-    def _show(self, alias: str, shown: Mapping[str, Any]) -> None:
+    def _show(self, alias: str) -> None:
         self._stale.pop(alias, None)
+        model = self.registry.models.get(alias)
+        if model is None:  # taken out of the configuration, and still leaving
+            return
+        shown = status(model)
         if shown != self._shown.get(alias):
             self._shown[alias] = shown
             self.status.publish("model_update", shown)
