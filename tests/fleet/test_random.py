@@ -14,14 +14,17 @@ from tests.fleet.fleet import Fleet, running
 from trio_router.backend.backend import Slot
 from trio_router.backend.connection import BackendLost
 from trio_router.backend.lifecycle import State
+from trio_router.config.schema import RouterConfig
 from trio_router.errors import RouterError
 from trio_router.fleet.dispatch import dispatch
+from trio_router.fleet.reload import compare
 from trio_router.fleet.scheduler import IDLE, Priority
 from trio_router.telemetry.events import Event, ModelChanged
 
 MODELS = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 2}
 PLACES = 2
-REQUESTS = 20_000
+REQUESTS = 100_000
+SEED = 7
 PRIORITIES = list(Priority)
 
 
@@ -32,13 +35,16 @@ class Storm:
     fleet: Fleet
     random: Random
     ends: Counter[str] = attrs.field(factory=Counter)
+    original: RouterConfig = attrs.field(init=False)
     held: Counter[Slot] = attrs.field(factory=Counter)
     looks: int = 0
 
+    def __attrs_post_init__(self) -> None:
+        self.original = self.fleet.registry.config
+
     def watch(self, event: Event) -> None:
         if isinstance(event, ModelChanged):
-            models = self.fleet.registry.models.values()
-            assert sum(model.state.resident for model in models) <= PLACES
+            assert sum(model.state.resident for model in self.fleet.registry._all()) <= PLACES
 
     # --- what clients do
 
@@ -98,7 +104,10 @@ class Storm:
             while True:
                 await trio.sleep(random.randrange(0, 16) / 4)
                 alias = random.choice("abcde")
-                match random.randrange(5):
+                if alias not in registry.models:
+                    self.reload()
+                    continue
+                match random.randrange(6):
                     case 0:
                         nursery.start_soon(self.command, registry.eject, alias, random.choice([math.inf, 0.25, 4]))
                     case 1:
@@ -109,8 +118,10 @@ class Storm:
                         if registry.models[alias].state is not State.FAILED:
                             registry.load_soon(alias)
                     case 4:
-                        for failed in MODELS:
+                        for failed in registry.models:
                             registry.reset(failed)
+                    case 5:
+                        self.reload()
 
     async def command(self, does, alias: str, patience: float) -> None:
         with trio.move_on_after(patience):
@@ -119,6 +130,24 @@ class Storm:
                 self.ends[f"{does.__name__} done"] += 1
             except RouterError as error:
                 self.ends[f"{does.__name__} {error.code}"] += 1
+
+    def reload(self, *, wanted: dict[str, int] | None = None) -> None:
+        """Go by another configuration: models with other slots, fewer models, or all of them as they were."""
+        registry = self.fleet.registry
+        if wanted is None:
+            wanted = {
+                alias: slots if self.random.random() < 0.7 else self.random.randrange(1, 4)
+                for alias, slots in MODELS.items()
+                if self.random.random() < 0.9
+            }
+        models = {
+            alias: attrs.evolve(self.original.models[alias], slots=slots, flags=("--parallel", str(slots)))
+            for alias, slots in wanted.items()
+        }
+        preload = tuple(alias for alias in self.original.system.preload_models if alias in models)
+        system = attrs.evolve(self.original.system, preload_models=preload)
+        registry.apply(compare(registry.config, attrs.evolve(self.original, models=models, system=system)))
+        self.ends["reload"] += 1
 
     async def force(self, alias: str) -> None:
         await self.fleet.registry.eject(alias, force=True)
@@ -143,7 +172,7 @@ class Storm:
                     server.die(random.choice([0, 1, -6, -9]))
                 else:
                     server.fall_ill("failed 3 health checks in a row")
-            for model in self.fleet.registry.models.values():
+            for model in self.fleet.registry._all():
                 if random.random() < 0.5:
                     model.supervisor.proved()
 
@@ -158,7 +187,7 @@ class Storm:
             assert decision.actions == (), "the registry was not woken for what it should do now"
             assert registry._someone_waits or not decision.someone_waits
             assert registry._inbox.statistics().current_buffer_used == 0
-            for model in registry.models.values():
+            for model in registry._all():
                 scheduler = model.scheduler
                 assert not (scheduler._free and scheduler.waiting), "a free slot, and somebody waits"
                 assert (scheduler.backend is None) or model.state is State.READY
@@ -188,7 +217,7 @@ def test_a_long_storm() -> None:
             max_queue_size_per_model=12,
         ) as fleet:
             fleet.registry.events.sinks[:] = []
-            storm = Storm(fleet, Random(7))
+            storm = Storm(fleet, Random(SEED))
             fleet.registry.events.sinks.append(storm.watch)
             async with trio.open_nursery() as weather:
                 weather.start_soon(storm.break_servers)
@@ -197,13 +226,18 @@ def test_a_long_storm() -> None:
                 await storm.requests()
                 weather.cancel_scope.cancel()
             requests = Counter(
-                {end: count for end, count in storm.ends.items() if end.split()[0] not in {"eject", "load", "force"}}
+                {
+                    end: count
+                    for end, count in storm.ends.items()
+                    if end.split()[0] not in {"eject", "load", "force", "reload"}
+                }
             )
             assert requests.total() == REQUESTS
             assert requests["served"] > REQUESTS / 4
+            assert storm.ends["reload"] > 1000
             assert set(requests) - {"backend_crashed"} == {  # two deaths under one request are rare
                 "served", "broken off", "cancelled", "queue_full", "queue_timeout", "load_timeout",
-                "model_failed", "backend_unavailable", "bad_backend_response",
+                "model_failed", "backend_unavailable", "bad_backend_response", "model_not_found",
             }  # fmt: skip
             assert storm.looks > 500
             assert storm.held.total() == 0
@@ -211,6 +245,8 @@ def test_a_long_storm() -> None:
 
             # the weather clears up: each model can be used, and then all are let go
             servers.plans.clear()
+            storm.reload(wanted=MODELS)
+            await trio.sleep(10)
             for model in fleet.registry.models.values():
                 assert (model.scheduler.active, model.scheduler.waiting) == (0, 0)
                 fleet.registry.reset(model.alias)
@@ -225,5 +261,6 @@ def test_a_long_storm() -> None:
                 assert (model.scheduler._heap, model.scheduler._gone) == ([], 0)
                 assert (model.asked, model.kept, model.preload, model.retiring) == (0, False, False, None)
 
-    seed_trio(7)
+    print(f"seed {SEED}")
+    seed_trio(SEED)
     trio.run(main, clock=MockClock(autojump_threshold=0))
