@@ -19,7 +19,14 @@ HIGH, NORMAL, LOW = Priority
 AGING = 30.0
 
 
-def ticket(priority: Priority = NORMAL, *, patience: float = math.inf, requeued: bool = False) -> Ticket:
+def ticket(
+    priority: Priority = NORMAL,
+    *,
+    patience: float = math.inf,
+    requeued: bool = False,
+    client: str = "",
+    weight: float = 1.0,
+) -> Ticket:
     """One that arrives now."""
     now = trio.current_time()
     return Ticket(
@@ -29,6 +36,8 @@ def ticket(priority: Priority = NORMAL, *, patience: float = math.inf, requeued:
         deadline=now + patience,
         key=now + (priority.value - 1) * AGING,
         requeued=requeued,
+        client=client,
+        weight=weight,
     )
 
 
@@ -186,6 +195,64 @@ async def test_low_is_never_starved(nursery: trio.Nursery, autojump_clock: MockC
         await trio.sleep(0.5)
     assert "120 low" in clients.record
     nursery.cancel_scope.cancel()
+
+
+async def test_who_sends_much_does_not_stand_before_who_sends_little(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    clients = Clients(scheduler_of(), nursery)
+    await clients.come("running", seconds=10)
+    for number in range(5):
+        await clients.come(f"many-{number}", seconds=1, client="many")
+    await clients.come("few-0", seconds=1, client="few")
+    await clients.come("few-1", seconds=1, client="few")
+    await trio.sleep(20)
+    assert [line.split()[1] for line in clients.record] == [
+        "running", "many-0", "few-0", "many-1", "few-1", "many-2", "many-3", "many-4",
+    ]  # fmt: skip
+
+
+async def test_a_share_goes_by_its_weight(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    clients = Clients(scheduler_of(), nursery)
+    await clients.come("running", seconds=10)
+    for number in range(8):
+        await clients.come(f"a-{number}", seconds=1, client="a", weight=3.0)
+        await clients.come(f"b-{number}", seconds=1, client="b", weight=1.0)
+    await trio.sleep(10 + 7.5)
+    assert Counter(line.split()[1][0] for line in clients.record) == {"r": 1, "a": 6, "b": 2}
+    await trio.sleep(20)
+
+
+async def test_a_client_that_asks_again_and_again_does_not_keep_others_out(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    clients = Clients(scheduler_of(), nursery)
+    await clients.come("running", seconds=1)
+    for number in range(10):
+        await clients.come(f"many-{number}", seconds=1, client="many")
+    for number in range(5):  # its next one comes as soon as it has its answer
+        await clients.come(f"again-{number}", seconds=1, client="again")
+        while f"again-{number}" not in clients.leases:  # noqa: ASYNC110  (virtual time: it costs nothing)
+            await trio.sleep(0.5)
+    assert [line.split()[1][0] for line in clients.record if "again" in line or "many" in line][:8] == list("mamamama")
+    await trio.sleep(20)
+
+
+@pytest.mark.parametrize("priority", Priority)
+async def test_a_clients_own_are_served_as_they_came(
+    priority: Priority, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    clients = Clients(scheduler_of(), nursery)
+    for number in range(12):
+        await clients.come(f"{number:02}", priority, seconds=1, client="one")
+        if number in {4, 6}:
+            await trio.sleep(1.5)
+        if number == 8:
+            clients.scopes["07"].cancel()
+    await trio.sleep(20)
+    names = [line.split()[1] for line in clients.record if "07" not in line]
+    assert names == sorted(names)
+    assert len(names) == 11
 
 
 async def test_a_requeued_ticket_keeps_its_place(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
@@ -457,7 +524,8 @@ async def test_the_heap_does_not_grow_with_those_who_left(nursery: trio.Nursery,
     for _ in range(300):
         with trio.move_on_after(1):
             await scheduler.acquire(ticket(HIGH))
-        assert len(scheduler._heap) <= 2 * scheduler.waiting
+        for rank in scheduler._ranks.values():
+            assert len(rank._by_age) == len(rank._by_turn) <= 2 * rank.waiting
     assert scheduler.waiting == 1
     nursery.cancel_scope.cancel()
 
@@ -614,7 +682,7 @@ def test_thousands_of_requests_that_may_be_cancelled_at_any_time() -> None:
             churn.cancel_scope.cancel()
         assert asked
         assert left_idle(scheduler)
-        assert (scheduler._heap, scheduler._gone) == ([], 0)
+        assert not any(rank._next or rank._by_age or rank._by_turn for rank in scheduler._ranks.values())
 
     seed_trio(1)
     trio.run(main, clock=MockClock(autojump_threshold=0))

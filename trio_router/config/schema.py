@@ -132,6 +132,8 @@ class KeyConfig:
     """Requests that ask for more get this."""
     max_concurrency: int | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=1)))
     """Requests at a time, waiting ones included; None: no bound of its own."""
+    weight: float = attrs.field(default=1.0, validator=Within(above=0))
+    """Of its share of a model that others wait for too."""
     admin: bool = False
     """Whether it may load, eject, reset and reload."""
 

@@ -139,8 +139,8 @@ class Registry:
                 f"no model is called {shown(alias)}; GET /v1/models lists those there are", param="model"
             ) from None
 
-    def ticket(self, alias: str, priority: Priority) -> Ticket:
-        """A place in the order for a request that arrives now. Raises UnknownModel."""
+    def ticket(self, alias: str, priority: Priority, client: str = "", weight: float = 1.0) -> Ticket:
+        """A place in the order for a request of `client` that arrives now. Raises UnknownModel."""
         now = trio.current_time()
         return Ticket(
             alias=self.model(alias).alias,
@@ -148,6 +148,8 @@ class Registry:
             arrived_at=now,
             deadline=now + self.config.system.queue_timeout_sec,
             key=now + priority.steps * self.config.system.aging_sec,
+            client=client,
+            weight=weight,
         )
 
     async def lease(self, ticket: Ticket) -> Lease:

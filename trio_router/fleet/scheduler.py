@@ -1,8 +1,14 @@
 """Who gets a slot of one model next.
 
-A request takes a *ticket* and waits in a heap ordered by the ticket's key: the moment it arrived plus `aging`
-seconds for each step its priority is below high. The key never changes, so a heap is enough, and yet a low
-request that has waited two `aging` overtakes a high one that has just come: nobody waits for ever (linear aging).
+A request takes a *ticket*, whose key is the moment it arrived plus `aging` seconds for each step its priority is below
+high. The next slot is for the priority whose oldest waiter has the smallest key. The key never changes, so a heap is
+enough, and yet a low request that has waited two `aging` overtakes a high one that has just come: nobody waits for ever
+(linear aging).
+
+Inside a priority clients share fairly, answer by answer (start-time fair queueing, Goyal, Vin and Cheng 1996, where every
+answer is of length 1): a client's next request has its turn one answer, over the client's weight, after its last one, but
+not before that which is served now. So one client's hundred requests do not stand before another's one; each client's own
+are served in the order of arrival, and no turn is put off for ever.
 
 Hand-over is synchronous. Whoever frees a slot wakes the first waiter's task with a lease, as its result. Trio asks a
 task that is cancelled before it was woken to give up (`_Waiter.abort`), and never one that was woken already. So a
@@ -15,6 +21,7 @@ are released into nothing. `statistics()` is `IDLE` when nobody waits and nobody
 import enum
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 
 import attrs
@@ -23,6 +30,9 @@ import trio
 
 from trio_router.backend.backend import Backend, Slot
 from trio_router.errors import QueueFull, QueueTimeout, RouterError
+
+FORGOTTEN_CLIENTS = 16
+"""So many clients that wait no more are not worth forgetting."""
 
 
 class Priority(enum.Enum):
@@ -50,7 +60,13 @@ class Ticket:
     deadline: float
     """Trio time after which the request no longer waits for a slot."""
     key: float
-    """Smaller is served earlier."""
+    """Of the priority whose oldest waiter has the smallest, somebody is served next."""
+    client: str = ""
+    """Who shares fairly with others: the name of a key, or an address."""
+    weight: float = 1.0
+    """Of this client's share."""
+    turn: float = 0.0
+    """Inside a priority, smaller is served earlier: answers since the queue was empty last."""
     requeued: bool = False
     """Whether it was admitted before: the queue's bound does not apply again."""
     granted_at: float | None = None
@@ -94,11 +110,78 @@ class _Waiter:
     task: trio.lowlevel.Task
     scheduler: "Scheduler"
     gone: bool = False
+    """It waits no longer."""
 
     def abort(self, _: object) -> trio.lowlevel.Abort:
         """Cancelled, or out of time, before there was a slot."""
         self.scheduler._left(self)  # noqa: SLF001  (the two are one mechanism)
         return trio.lowlevel.Abort.SUCCEEDED
+
+
+_Heap = list[tuple[float, float, int, _Waiter]]
+_NEVER = (math.inf, 0)
+
+
+@attrs.define(eq=False)
+class _Rank:
+    """Those of one priority who wait."""
+
+    waiting: int = 0
+    now: float = 0.0
+    """The turn that was served last."""
+    _next: dict[str, float] = attrs.field(factory=dict)
+    """The next turn of each client that had one of late."""
+    _by_age: _Heap = attrs.field(factory=list)
+    _by_turn: _Heap = attrs.field(factory=list)
+
+    def add(self, waiter: _Waiter, number: int) -> None:
+        ticket = waiter.ticket
+        if not ticket.requeued:
+            ticket.turn = max(self.now, self._next.get(ticket.client, 0.0))
+            self._next[ticket.client] = ticket.turn + 1.0 / ticket.weight
+            if len(self._next) > 2 * self.waiting + FORGOTTEN_CLIENTS:
+                self._next = {client: turn for client, turn in self._next.items() if turn > self.now}
+        self.waiting += 1
+        heapq.heappush(self._by_age, (ticket.key, ticket.turn, number, waiter))
+        heapq.heappush(self._by_turn, (ticket.turn, ticket.key, number, waiter))
+
+    def remove(self, waiter: _Waiter) -> None:
+        """It stays where it is in the heaps until it is on top, or they are mostly such as it."""
+        waiter.gone = True
+        self.waiting -= 1
+        if not self.waiting:
+            self.now = 0.0
+            self._next.clear()
+        if len(self._by_age) > 2 * self.waiting:
+            self._by_age = _without_gone(self._by_age)
+        if len(self._by_turn) > 2 * self.waiting:
+            self._by_turn = _without_gone(self._by_turn)
+
+    def key(self) -> tuple[float, int]:
+        """Of the oldest, and which one that was of all; infinite if nobody waits."""
+        if not self.waiting:
+            return _NEVER
+        key, _, number, _ = _top(self._by_age)
+        return key, number
+
+    def next(self) -> _Waiter:
+        """Whose turn it is."""
+        return _top(self._by_turn)[3]
+
+    def all(self) -> list[_Waiter]:
+        return [waiter for *_, waiter in self._by_turn if not waiter.gone]
+
+
+def _without_gone(heap: _Heap) -> _Heap:
+    heap = [entry for entry in heap if not entry[3].gone]
+    heapq.heapify(heap)
+    return heap
+
+
+def _top(heap: _Heap) -> tuple[float, float, int, _Waiter]:
+    while heap[0][3].gone:
+        heapq.heappop(heap)
+    return heap[0]
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -118,17 +201,12 @@ class Scheduler:
 
     backend: Backend | None = None
     _free: list[Slot] = attrs.field(factory=list)
-    _heap: list[tuple[float, int, _Waiter]] = attrs.field(factory=list)
+    _ranks: dict[Priority, _Rank] = attrs.field(factory=lambda: {priority: _Rank() for priority in Priority})
     _order: "itertools.count[int]" = attrs.field(factory=itertools.count)
-    _waiting: dict[Priority, int] = attrs.field(factory=lambda: dict.fromkeys(Priority, 0))
-    _gone: int = 0
+    waiting: int = 0
+    """Requests that wait for a slot."""
     active: int = 0
     _idle: trio.Event | None = None
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return sum(self._waiting.values())
 
     @property
     def idle(self) -> bool:
@@ -137,7 +215,7 @@ class Scheduler:
 
     def statistics(self) -> SchedulerStatistics:
         """A snapshot, for status, metrics and tests."""
-        high, normal, low = (self._waiting[priority] for priority in Priority)
+        high, normal, low = (self._ranks[priority].waiting for priority in Priority)
         return SchedulerStatistics(
             waiting=self.waiting,
             waiting_by_priority=(high, normal, low),
@@ -146,9 +224,8 @@ class Scheduler:
         )
 
     def first_key(self) -> float | None:
-        """The key of whoever is next; None when nobody waits."""
-        self._drop_gone()
-        return self._heap[0][0] if self._heap else None
+        """The smallest of all who wait; None when nobody does."""
+        return min(rank.key() for rank in self._ranks.values())[0] if self.waiting else None
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -169,8 +246,7 @@ class Scheduler:
                 details={"model": self.alias, "queued": self.waiting},
             )
         waiter = _Waiter(ticket, trio.lowlevel.current_task(), self)
-        heapq.heappush(self._heap, (ticket.key, next(self._order), waiter))
-        self._waiting[ticket.priority] += 1
+        self._enqueue(waiter)
         self.changed()
         if self.backend is None:
             self.demand()
@@ -184,16 +260,18 @@ class Scheduler:
             details={"model": self.alias, "queued": self.waiting},
         )
 
+    def _enqueue(self, waiter: _Waiter) -> None:
+        self._ranks[waiter.ticket.priority].add(waiter, next(self._order))
+        self.waiting += 1
+
+    def _dequeue(self, waiter: _Waiter) -> None:
+        self._ranks[waiter.ticket.priority].remove(waiter)
+        self.waiting -= 1
+
     def _left(self, waiter: _Waiter) -> None:
         """The waiter gives up."""
-        waiter.gone = True
-        self._gone += 1
-        self._waiting[waiter.ticket.priority] -= 1
+        self._dequeue(waiter)
         self.changed()
-        if self._gone > len(self._heap) // 2:
-            self._heap = [entry for entry in self._heap if not entry[2].gone]
-            heapq.heapify(self._heap)
-            self._gone = 0
         if self.backend is None:
             self.demand()
 
@@ -212,10 +290,9 @@ class Scheduler:
 
     def refuse(self, error: RouterError) -> None:
         """Tell everyone who waits `error`."""
-        heap, self._heap, self._gone = self._heap, [], 0
-        for _, _, waiter in heap:
-            if not waiter.gone:
-                self._waiting[waiter.ticket.priority] -= 1
+        for rank in self._ranks.values():
+            for waiter in rank.all():
+                self._dequeue(waiter)
                 trio.lowlevel.reschedule(waiter.task, outcome.Error(error.again()))
         self.changed()
 
@@ -247,16 +324,10 @@ class Scheduler:
             self.rest()
 
     def _dispatch(self) -> None:
-        """Hand free slots to the first in order."""
-        while self._free and self._heap:
-            self._drop_gone()
-            if not self._heap:
-                return
-            waiter = heapq.heappop(self._heap)[2]
-            self._waiting[waiter.ticket.priority] -= 1
+        """Hand free slots to those who are next."""
+        while self._free and self.waiting:
+            rank = min(self._ranks.values(), key=_Rank.key)
+            waiter = rank.next()
+            rank.now = max(rank.now, waiter.ticket.turn)
+            self._dequeue(waiter)
             trio.lowlevel.reschedule(waiter.task, outcome.Value(self._grant(waiter.ticket, self._free.pop())))
-
-    def _drop_gone(self) -> None:
-        while self._heap and self._heap[0][2].gone:
-            heapq.heappop(self._heap)
-            self._gone -= 1

@@ -215,6 +215,7 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> None:
             events=events,
             asked=Asked.of(path, path + _query(request), headers, g.holder),
             body=await read_body(request, registry.config.api.max_body_bytes),
+            client=(request.scope.get("client") or [""])[0],
             request_id=g.request_id,
             arrived_at=g.arrived_at,
         )

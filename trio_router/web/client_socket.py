@@ -29,6 +29,8 @@ class ClientSocket:
     sock: socket.socket
     hangups: Hangups
     received: bytes = b""
+    address: str = attrs.field(init=False)
+    """The client's, without a port; empty if it has none, or is gone already."""
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     """Cancelled when the client hangs up, or takes too long."""
     known: Any = None
@@ -41,6 +43,11 @@ class ClientSocket:
     _closed: bool = False
 
     def __attrs_post_init__(self) -> None:
+        try:
+            peer = self.sock.getpeername()
+        except OSError:
+            peer = None
+        self.address = peer[0] if isinstance(peer, tuple) else ""
         self.hangups.watch(self.sock, self.scope.cancel)
 
     def expire_slow(self, now: float, seconds: float) -> None:

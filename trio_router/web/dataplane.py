@@ -219,6 +219,7 @@ class DataPlane:
             events=self.events,
             asked=known.asked,
             body=body,
+            client=client.address,
             request_id=identity,
             arrived_at=arrived_at,
         )

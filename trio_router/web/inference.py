@@ -72,6 +72,8 @@ class Exchange:
     events: Events
     asked: Asked
     body: bytes | bytearray
+    client: str
+    """Address of who asks."""
     request_id: str
     arrived_at: float
     """Trio time."""
@@ -117,12 +119,11 @@ class Exchange:
         asked = self.asked
         if asked.problem is not None:
             raise asked.problem.again()
-        self._ticket = ticket = self.registry.ticket(read_wish(self.body).model, asked.priority)
+        self._ticket = ticket = self.registry.ticket(read_wish(self.body).model, asked.priority, self.client)
         if asked.holder is not None:
             allowed = asked.holder.enter(ticket.alias, ticket.priority)
             self._entered = True
-            if allowed is not ticket.priority:
-                self._ticket = ticket = self.registry.ticket(ticket.alias, allowed)
+            self._ticket = ticket = self.registry.ticket(ticket.alias, allowed, asked.holder.name, asked.holder.weight)
         outgoing = Outgoing(asked.start, self.body, self.request_id)
         lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
         return Answer(asked.path, lease, opened, (ticket.granted_at or 0.0) - self.arrived_at)

@@ -27,6 +27,11 @@ class Holder:
         """Stands for it in logs and metrics."""
         return self.config.name
 
+    @property
+    def weight(self) -> float:
+        """Of its share."""
+        return self.config.weight
+
     def enter(self, alias: str, wanted: Priority) -> Priority:
         """Begin a request for `alias`; returns the priority it gets. `leave` ends it.
 
