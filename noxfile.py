@@ -1,5 +1,11 @@
 """Lint, types and every test: `pip install nox && nox`."""
 
+import hashlib
+import json
+import tarfile
+import tempfile
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2025.2"
@@ -49,6 +55,24 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "run", "-m", "pytest", *session.posargs, success_codes=[0, 1])
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
+
+
+@nox.session(default=False, python=False)
+def vendor(session: nox.Session) -> None:
+    """Fetch what the dashboard brings along, in the versions of vendor.json, with npm; writes their hashes there."""
+    folder = Path("trio_router/web/ui/vendor").absolute()
+    listed = folder / "vendor.json"
+    entries = json.loads(listed.read_text())
+    with tempfile.TemporaryDirectory() as temporary, session.chdir(temporary):
+        for entry in entries:
+            said = session.run(
+                "npm", "pack", "--silent", f"{entry['package']}@{entry['version']}", silent=True, external=True
+            )
+            with tarfile.open(said.strip().splitlines()[-1]) as archive:
+                content = archive.extractfile(entry["path"]).read()
+            (folder / entry["file"]).write_bytes(content)
+            entry["sha256"] = hashlib.sha256(content).hexdigest()
+    listed.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 @nox.session(default=False)

@@ -334,10 +334,10 @@ class Chaos:
 
     async def eject(self) -> None:
         alias, force = self.random.choice(ALIASES), self.random.random() < 0.5
-        await self.command("/v1/models/eject", {"model": alias, "force": force})
+        await self.command(f"/v1/models/eject?force={force}", {"model": alias})
 
     async def reset(self) -> None:
-        await self.command("/v1/models/reset", {"model": self.random.choice(ALIASES)})
+        await self.command(f"/v1/models/{self.random.choice(ALIASES)}/reset", {})
 
     async def reload(self) -> None:
         self.configure(context=self.random.choice([1024, 1280, 1536]))
@@ -421,7 +421,7 @@ class Chaos:
             os.kill(pid, signal.SIGCONT)
         async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_SECONDS) as client:
             for alias in ALIASES:
-                await client.post(f"{self.url}/v1/models/reset", json={"model": alias})
+                await client.post(f"{self.url}/v1/models/{alias}/reset")
                 question = Question(alias, PATHS[0], PROMPTS[0], LENGTHS[0])
                 try:
                     text = await self.answer(client, question, stream=True, by_quart=False)

@@ -12,13 +12,16 @@ TOLD = fleet(model("qwen", slots_busy=1, waiting=2, vram_bytes=4 * GIB), model("
 
 def test_the_contracts_keys() -> None:
     summary = Summary(["qwen", "llama"], Clock())
-    summary.requests([finished("qwen", seconds=0.5, output_tokens=7)])
+    summary.requests([finished("qwen", seconds=0.5, output_tokens=7, first_token_seconds=0.25)])
     summary.requests([finished("qwen", seconds=1.5, output_tokens=3)])
     summary.requests([finished("llama", Outcome.REJECTED)])
     told = metrics_snapshot(Fleet(TOLD), Gpus((Gpu(), Gpu(index=1, utilization_percent=8))), summary)
     assert datetime.fromisoformat(told.pop("timestamp")).utcoffset() is not None
     assert told["server"].pop("uptime_seconds") > 0
-    numbers = {"vram_mb": 4096, "queue_depth": 2, "active_requests": 1, "tokens_1m": 10, "avg_latency_ms": 1000.0}
+    numbers = {
+        "vram_mb": 4096, "queue_depth": 2, "active_requests": 1, "tokens_1m": 10, "avg_latency_ms": 1000.0,
+        "first_token_ms": 250.0,
+    }  # fmt: skip
     assert told == {
         "server": {"status": "draining"},
         "gpu": {
@@ -39,6 +42,7 @@ def test_the_contracts_keys() -> None:
                 "requests_1m": 1,
                 "errors_1m": 1,
                 "avg_latency_ms": None,
+                "first_token_ms": None,
                 "tokens_1m": 0,
             },
         ],

@@ -38,6 +38,7 @@ def _numbers(models: Sequence[ModelFacts], minute: Counts) -> dict[str, Any]:
         "requests_1m": minute.requests,
         "errors_1m": minute.errors,
         "avg_latency_ms": minute.mean_ms,
+        "first_token_ms": minute.first_token_ms,
         "tokens_1m": minute.output_tokens,
     }
 

@@ -150,6 +150,9 @@ def _count(counts: Counts, event: RequestFinished) -> None:
     if event.outcome.timed:
         counts.timed += 1
         counts.seconds += event.duration_seconds
+    if event.first_token_seconds is not None:
+        counts.first_tokens += 1
+        counts.first_token_seconds += event.first_token_seconds
     counts.input_tokens += event.input_tokens or 0
     counts.output_tokens += event.output_tokens or 0
 

@@ -16,6 +16,10 @@ class Counts:
     """Requests whose duration counts: see `Outcome.timed`."""
     seconds: float = 0.0
     """The sum of those durations."""
+    first_tokens: int = 0
+    """Requests whose time to the first token is known."""
+    first_token_seconds: float = 0.0
+    """The sum of those times."""
     input_tokens: int = 0
     output_tokens: int = 0
     errors_by_type: Counter[str] = attrs.field(factory=Counter)
@@ -36,12 +40,19 @@ class Counts:
         mean = self.mean_seconds
         return None if mean is None else round(mean * 1000, 3)
 
+    @property
+    def first_token_ms(self) -> float | None:
+        """The mean time to the first token; None when none is known."""
+        return round(self.first_token_seconds / self.first_tokens * 1000, 3) if self.first_tokens else None
+
     def add(self, other: "Counts") -> None:
         """Count what `other` has counted too."""
         self.requests += other.requests
         self.succeeded += other.succeeded
         self.timed += other.timed
         self.seconds += other.seconds
+        self.first_tokens += other.first_tokens
+        self.first_token_seconds += other.first_token_seconds
         self.input_tokens += other.input_tokens
         self.output_tokens += other.output_tokens
         if other.errors_by_type:

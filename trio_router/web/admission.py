@@ -41,8 +41,9 @@ INFERENCE_PATHS: Final = frozenset(
 )  # fmt: skip
 """Everything llama-server b10068 serves by POST with a JSON body (tools/server/server.cpp)."""
 
-OPEN_PATHS: Final = frozenset({"/health", "/v1/health", "/livez", "/readyz"})
-"""Answered without a key: a probe has none."""
+OPEN_PATHS: Final = frozenset({"/", "/ui", "/health", "/v1/health", "/livez", "/readyz"})
+"""Answered without a key: a probe has none, nor has a browser before it has the page that asks for one."""
+OPEN_PREFIX: Final = "/ui/"
 
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -181,7 +182,7 @@ class Admission:
 
     def check_key(self, path: str, authorization: str | None, x_api_key: str | None) -> Holder | None:
         """Whose key the request brings; None when it needs none. Raises InvalidApiKey."""
-        if not self._holders or path in OPEN_PATHS:
+        if not self._holders or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
             return None
         for sent in (_bearer(authorization), x_api_key):
             # by its digest, so the time a look-up takes tells nothing of a key
