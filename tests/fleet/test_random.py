@@ -152,8 +152,9 @@ class Storm:
         self.ends["reload"] += 1
 
     async def force(self, alias: str) -> None:
-        await self.fleet.registry.eject(alias, force=True)
-        self.ends["force done"] += 1
+        if alias in self.fleet.registry.models:  # else it was taken out since
+            await self.fleet.registry.eject(alias, force=True)
+            self.ends["force done"] += 1
 
     # --- what llama-servers do
 

@@ -40,7 +40,7 @@ class Asked:
     """Why a request with this head cannot be answered, whatever its body is."""
 
     @classmethod
-    def of(cls, path: str, target: str, headers: Headers, holder: Holder | None) -> "Asked":
+    def of(cls, path: str, target: str, headers: Headers, holder: Holder | None = None) -> "Asked":
         """Read a head: `headers` in the order they came, none of the server's own, names in lower case.
 
         `target` is the path with its query, as the client wrote it.
