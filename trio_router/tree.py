@@ -32,6 +32,7 @@ from hypercorn.app_wrappers import ASGIWrapper
 from trio_router import __version__
 from trio_router.backend.address import private_folder
 from trio_router.backend.launch import Launcher
+from trio_router.backend.reaper import reaping
 from trio_router.config import LlamaServer
 from trio_router.config.schema import RouterConfig
 from trio_router.fleet.footprints import fill_footprints
@@ -73,8 +74,9 @@ def main(
     """
     configure_logs(log_format, log_level)
     try:
-        with private_folder() as folder:
-            launcher = Launcher(server=server, folder=folder, transport=config.system.backend_transport)
+        with private_folder() as folder, reaping() as reaper:
+            transport = config.system.backend_transport
+            launcher = Launcher(server=server, folder=folder, transport=transport, reaper=reaper)
             return trio.run(serve, config, launcher, read, request_log(log_format, log_level))
     except OSError as error:
         print(f"trio-router: {error}", file=sys.stderr)  # noqa: T201  (the last word of a program)

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import signal
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -158,16 +160,61 @@ def test_stubborn_children(start_router: StartRouter) -> None:
     assert router.children() == set()
 
 
-@pytest.mark.parametrize("flags", [[], ["--fake-never-ready"], ["--fake-ignore-sigterm"]], ids=str)
+@pytest.mark.parametrize(
+    "flags", [[], ["--fake-never-ready"], ["--fake-ignore-sigterm"], ["--fake-fork-child"]], ids=str
+)
 def test_kill_9_of_the_router(start_router: StartRouter, record: Record, flags: list[str]) -> None:
     router = start_router(a=[*flags, *record.flags], b=record.flags)
     router.chat("b")
     router.in_background("a", fake={"stall": True})
     record.wait_for("spawned" if "--fake-never-ready" in flags else "started", alias="a")
-    assert len(router.servers()) == 2
+    assert set(router.servers().values()) == {"a", "b"}
     router.kill()
     router.wait()
     wait_until(lambda: not router.children(), timeout_seconds=2.0)
+
+
+def test_a_wrapper_script_around_llama_server(start_router: StartRouter, fake_llama: Path, tmp_path: Path) -> None:
+    """llama-server is a grandchild then: it goes with the script, and with a killed router too."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\n"{fake_llama}" "$@" &\nwait\n')
+    wrapper.chmod(0o755)
+    router = start_router(qwen=[], system={"llama_server_path": wrapper})
+    for _ in range(2):
+        assert router.chat("qwen").status_code == 200
+        assert len(router.children()) == 2
+        router.post("/v1/models/eject", {"model": "qwen"})
+        assert not router.children()
+    router.in_background("qwen", fake={"stall": True})
+    wait_until(lambda: router.status("qwen")["active"])
+    router.kill()
+    router.wait()
+    wait_until(lambda: not router.children(), timeout_seconds=2.0)
+
+
+def test_the_next_one_sweeps_what_a_killed_one_left(start_router: StartRouter, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="tr-") as name:  # pytest's own would be too long for a socket
+        folder = Path(name)
+        environment = {"TMPDIR": name}
+        router = start_router(qwen=[], environment=environment)
+        router.chat("qwen")
+        (left,) = folder.iterdir()
+        assert list(left.glob("*.sock"))
+        router.kill()
+        router.wait()
+        wait_until(lambda: not router.children(), timeout_seconds=2.0)
+        assert left.exists()
+        again = start_router(qwen=[], environment=environment)
+        assert again.chat("qwen").status_code == 200
+        assert not left.exists()
+        (mine,) = folder.iterdir()
+        third = start_router(qwen=[], environment=environment)  # beside one that lives
+        assert third.chat("qwen").status_code == again.chat("qwen").status_code == 200
+        assert mine.exists()
+        for each in (again, third):
+            each.terminate()
+            assert each.wait() == 0
+        assert list(folder.iterdir()) == []
 
 
 def test_a_child_outlives_trios_thread_cache(start_router: StartRouter) -> None:

@@ -9,6 +9,7 @@ import attrs
 
 from trio_router.backend.address import Address, tcp_address, unix_address
 from trio_router.backend.process import ServerProcess
+from trio_router.backend.reaper import Reaper
 from trio_router.config import LlamaServer, last_value, unusable_reason
 from trio_router.config.schema import BackendTransport, ModelConfig
 
@@ -42,6 +43,7 @@ class Launcher:
     folder: Path
     """Private: sockets live here."""
     transport: BackendTransport
+    reaper: Reaper | None = None
 
     def launch(self, model: ModelConfig, number: int, incarnation: int) -> tuple[ServerProcess, Address]:
         """Start one for `model`, the `number`th of the configuration. Raises LaunchFailed."""
@@ -54,7 +56,7 @@ class Launcher:
                 case BackendTransport.TCP:
                     address = tcp_address()
             environment = child_environment(os.environ, self.server.environment, address.key)
-            return ServerProcess.spawn(self.command(model, address), environment), address
+            return ServerProcess.spawn(self.command(model, address), environment, self.reaper), address
         except OSError as error:
             raise LaunchFailed(f"cannot start {self.server.path}: {error.strerror or error}") from error
 

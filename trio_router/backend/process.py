@@ -21,6 +21,7 @@ import structlog
 import trio
 
 from trio_router.backend.logtail import LogTail
+from trio_router.backend.reaper import Reaper
 
 GUARD = (
     "import ctypes,os,sys,_signal as s\n"
@@ -47,13 +48,19 @@ class ServerProcess:
     popen: subprocess.Popen[bytes]
     _pidfd: int
     _output: int
+    _reaper: Reaper | None = None
     tail: LogTail = attrs.field(factory=LogTail)
     _log_scope: trio.CancelScope = attrs.field(factory=lambda: trio.CancelScope(shield=True))
     _code: int | None = None
 
     @classmethod
-    def spawn(cls, command: Sequence[str], environment: Mapping[str, str]) -> "ServerProcess":
-        """Start `command` (an absolute path and its arguments). Raises OSError when no process can be made."""
+    def spawn(
+        cls, command: Sequence[str], environment: Mapping[str, str], reaper: Reaper | None = None
+    ) -> "ServerProcess":
+        """Start `command` (an absolute path and its arguments). Raises OSError when no process can be made.
+
+        `reaper` ends its group if this process is killed.
+        """
         reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writing, True)  # the child's end is an ordinary pipe
         try:
@@ -70,7 +77,9 @@ class ServerProcess:
             raise
         finally:
             os.close(writing)
-        return cls(popen, os.pidfd_open(popen.pid), reading)
+        if reaper is not None:
+            reaper.add(popen.pid)
+        return cls(popen, os.pidfd_open(popen.pid), reading, reaper)
 
     @property
     def pid(self) -> int:
@@ -140,4 +149,6 @@ class ServerProcess:
         if bound.cancelled_caught:
             log.error("process survives SIGKILL", pid=self.pid)
         else:
+            if self._reaper is not None:
+                self._reaper.remove(self.pid)
             self._code = self.popen.wait()  # it has exited: returns at once
