@@ -1,8 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.backend.peer import answer, listening, read_request
 from trio_router.backend.address import Address
@@ -98,3 +99,61 @@ async def test_losing_it_ends_every_exchange_and_is_said_once(sockets):
         assert (backend.lost, backend.unloaded) == ("it was unloaded", True)
         assert backend.gone.is_set()
         assert all(slot.connection is None for slot in backend.slots)
+
+
+# --- is it still worth its memory -------------------------------------------------------------------
+
+COMPUTE = b'{"error":{"code":500,"message":"Compute error.","type":"server_error"}}'
+
+
+async def test_three_compute_errors_in_a_row_condemn_it():
+    backend = backend_at(Address(port=1))
+    for end in (COMPUTE, COMPUTE, b'{"ok":true}', COMPUTE, b"data: " + COMPUTE + b"\n\n"):
+        assert backend.answered(end) is (COMPUTE not in end)
+    with trio.move_on_after(0) as scope:
+        await backend.until_condemned()
+    assert scope.cancelled_caught
+    assert not backend.answered(COMPUTE)
+    assert await backend.until_condemned() == "llama-server answered 'Compute error.' 3 times in a row"
+    backend.condemn("something else")
+    assert "Compute error." in await backend.until_condemned(), "the first reason stands"
+
+
+async def test_a_model_that_says_so_does_not():
+    """Quotes within a text are escaped, so no text looks like the error object."""
+    backend = backend_at(Address(port=1))
+    for _ in range(10):
+        assert backend.answered(json.dumps({"content": COMPUTE.decode()}).encode())
+        assert backend.answered(b'{"content":"Compute error."}')
+
+
+async def test_it_is_heard_when_an_answer_goes_on(sockets, autojump_clock: MockClock):
+    said: list[bytes] = []
+
+    async def script(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        while True:
+            await trio.sleep(1)
+            if said:
+                await stream.send_all(said.pop(0))
+
+    async with listening(sockets / "a.sock", script) as address, trio.open_nursery() as nursery:
+        backend = backend_at(address)
+        slot = backend.slots[0]
+        assert backend.heard(), "nobody waits"
+        nursery.start_soon(use, slot)
+        await trio.sleep(5)
+        assert not backend.heard()
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        for piece, is_sign in (
+            (head, False),
+            (b"3\r\n:\n\n\r\n", False),
+            (b'19\r\ndata: {"content":"hello"}\r\n', True),
+            (b"3\r\n:\n\n\r\n", False),
+        ):
+            said.append(piece)
+            await trio.sleep(5)
+            assert backend.heard() is is_sign, piece
+            assert not backend.heard(), "once"
+        nursery.cancel_scope.cancel()
+        slot.disconnect()

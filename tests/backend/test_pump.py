@@ -25,6 +25,7 @@ async def test_pieces_as_they_come_until_the_end():
     async with linked() as (connection, peer), trio.open_nursery() as nursery:
         await begin(connection, peer)
         pieces: list[bytes] = []
+        connection.spoke = False
         nursery.start_soon(say, peer, b"3\r\none\r\n", b"3\r\nt", b"wo\r\n", b"0\r\n\r\n")
 
         def pass_on(piece: bytes) -> bool:
@@ -35,6 +36,7 @@ async def test_pieces_as_they_come_until_the_end():
             await connection.stream(pass_on)
             assert await connection.receive() == b""
         assert pieces == [b"one", b"t", b"wo"]
+        assert not connection.spoke, "signs of life are no shorter"
         connection.finish()
         assert connection.reusable
 

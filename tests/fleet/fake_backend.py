@@ -13,7 +13,7 @@ from trio_router.backend.logtail import LogTail
 class FakeConnection:
     """A slot's connection that knows whether it was closed."""
 
-    closed = False
+    closed = awaited = spoke = False
 
     def close(self) -> None:
         self.closed = True

@@ -82,10 +82,10 @@ class FakeServer:
     def has_exited(self) -> bool:
         return self.code is not None
 
-    async def stop_within(self) -> int | None:
+    async def stop_within(self, term_seconds: float | None = None) -> int | None:
         with trio.CancelScope(shield=True):
             if self.code is None:
-                await trio.sleep(self.plan.stop_seconds)
+                await trio.sleep(self.plan.stop_seconds if term_seconds is None else term_seconds)
                 self.die(-15)
         self._reaped.set()
         self.fleet.gone(self)
@@ -98,6 +98,10 @@ class FakeServer:
         if self.plan.context is None:
             raise NoAnswer("/props answered 501")
         return {"default_generation_settings": {"n_ctx": self.plan.context}}
+
+    async def metrics(self) -> str:
+        await trio.lowlevel.checkpoint()
+        return "llamacpp:n_decode_total 1\n"
 
     async def until_ready(self) -> None:
         await trio.sleep(self.plan.load_seconds)

@@ -6,9 +6,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.fleet.chance import seed_trio
+from tests.fleet.fake_backend import connect
 from tests.fleet.fake_servers import NEVER, FakeServers
 from tests.fleet.fleet import HIGH, LOW, registry_of, running
 from trio_router.backend.lifecycle import State
+from trio_router.backend.supervisor import MAX_CRASHES
 from trio_router.errors import (
     LoadTimeout,
     ModelFailed,
@@ -19,6 +21,8 @@ from trio_router.errors import (
 )
 from trio_router.fleet.scheduler import IDLE
 from trio_router.telemetry.events import ServerChanged
+
+COMPUTE = b'{"error":{"code":500,"message":"Compute error.","type":"server_error"}}'
 
 # --- loading ------------------------------------------------------------------------------------------
 
@@ -442,18 +446,19 @@ async def test_a_model_is_failed_after_its_attempts(servers: FakeServers, autoju
         assert fleet.states == "failed off off"
         error = caught.value
         assert error.message == (
-            "model 'a' failed and is not tried again until it is reset (POST /v1/models/a/reset): llama-server ended "
-            "before it was ready with exit status 1; its last words:\nerror: unknown argument: --oops"
+            "model 'a' failed and is tried again in 300 s, or when it is reset (POST /v1/models/a/reset): "
+            "llama-server ended before it was ready with exit status 1; its last words:\n"
+            "error: unknown argument: --oops"
         )
         assert (error.status, error.details) == (503, {"model": "a", "attempts": 3})
-        assert error.headers == [("Retry-After", "60")]
+        assert error.headers == [("Retry-After", "300")]
         await wait_all_tasks_blocked()
         assert fleet.of("left:", "load-a") == ["3.75 a left: failed", "3.75 load-a model_failed"]
 
 
 async def test_a_failed_model_refuses_at_once(servers: FakeServers, autojump_clock: MockClock) -> None:
     servers.plan("a").refused = "there is no such file"
-    async with running(servers, max_load_attempts=1) as fleet:
+    async with running(servers, max_load_attempts=1, failed_retry_sec=10_000) as fleet:
         early = fleet.registry.ticket("a", LOW)
         await fleet.ask("a")
         for refused in [
@@ -493,6 +498,85 @@ async def test_reset(servers: FakeServers, autojump_clock: MockClock) -> None:
         fleet.registry.reset("a")
         await fleet.ask("a")
         assert fleet.states == "ready off off"
+
+
+async def test_a_failed_model_is_tried_once_more_after_a_while(servers: FakeServers, autojump_clock: MockClock) -> None:
+    servers.plan("a").dies_with = 1
+    async with running(servers, max_load_attempts=3, failed_retry_sec=60) as fleet:
+        await fleet.ask("a")
+        failed_at = trio.current_time()
+        await trio.sleep(59)
+        with pytest.raises(ModelFailed, match="is tried again in 1 s") as caught:
+            await fleet.lease("a")
+        assert caught.value.headers == [("Retry-After", "1")]
+        await trio.sleep(500)
+        assert servers.launches["a"] == 3, "nobody asked for it"
+        with pytest.raises(ModelFailed, match="is tried again in 60 s"):
+            await fleet.lease("a")
+        assert servers.launches["a"] == 4, "one try, not three"
+        await trio.sleep(60)
+        servers.plan("a").dies_with = None
+        lease = await fleet.lease("a")
+        assert fleet.states == "ready off off"
+        assert trio.current_time() == failed_at + 59 + 500 + 1 + 60 + 1
+        assert fleet["a"].supervisor.attempts == 0
+        lease.release()
+
+
+async def test_a_model_that_crashed_too_often_is_tried_once_more_too(
+    servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    async with running(servers, failed_retry_sec=60) as fleet:
+
+        async def crash() -> None:
+            (await fleet.lease("a")).release()
+            servers.alive["a"].die()
+            await wait_all_tasks_blocked()
+
+        for _ in range(MAX_CRASHES):
+            await crash()
+        assert fleet.states == "failed off off"
+        await trio.sleep(60)
+        await fleet.registry.load("a")
+        servers.alive["a"].die()
+        await wait_all_tasks_blocked()
+        assert fleet.states == "failed off off", "it has proved nothing yet"
+        await trio.sleep(60)
+        await crash()
+        await trio.sleep(60)
+        fleet.registry.load_soon("a")
+        await trio.sleep(2)
+        fleet["a"].supervisor.proved()
+        servers.alive["a"].die()
+        await trio.sleep(2)
+        assert fleet.states == "ready off off", "an answer forgives everything"
+
+
+async def test_one_that_computes_no_more_is_killed_and_replaced(
+    servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    servers.plan("a").stop_seconds = 2
+    async with running(servers, stall_timeout_sec=10) as fleet:
+        lease = await fleet.lease("a")
+        backend = lease.slot.backend
+        assert [backend.answered(end) for end in (COMPUTE, COMPUTE, b"[DONE]", COMPUTE, COMPUTE)] == [
+            False, False, True, False, False,
+        ]  # fmt: skip
+        await wait_all_tasks_blocked()
+        assert fleet.states == "ready off off"
+        fleet.soon("a", name="waits")
+        assert not backend.answered(COMPUTE)
+        began = trio.current_time()
+        await wait_all_tasks_blocked()
+        assert (backend.lost, backend.unloaded) == ("llama-server answered 'Compute error.' 3 times in a row", False)
+        lease.release()
+        await trio.sleep(2)
+        assert fleet.of("waits") == [f"{began + 1:g} waits runs"], "it was not asked to stop"
+        lease = await fleet.lease("a")
+        connect(lease.slot).awaited = True
+        await trio.sleep(12)
+        assert lease.slot.backend.lost == "llama-server computed nothing for 10 s while requests waited"
+        lease.release()
 
 
 async def test_attempts_are_counted_across_loads_that_were_given_up(
@@ -602,7 +686,7 @@ async def test_a_server_that_fails_its_health_checks_is_restarted(
         assert not lease.slot.backend.unloaded
         lease.release()
         await trio.sleep(10)
-        assert fleet.of("a")[-4:] == ["3 a crashed", "3 a starting", "3 a loading", "4 a ready"]
+        assert fleet.of("a")[-4:] == ["1 a crashed", "1 a starting", "1 a loading", "2 a ready"]
 
 
 async def test_a_crash_while_requests_run_and_wait(servers: FakeServers, autojump_clock: MockClock) -> None:

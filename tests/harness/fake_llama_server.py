@@ -10,6 +10,7 @@ Faults of the process
   --fake-load-seconds S      503 `Loading model` for so long
   --fake-load-until FILE     the same, until FILE exists
   --fake-exit-at-start CODE  say why on standard error and exit
+  --fake-exit-at-start-while FILE   the same with 1, while FILE exists
   --fake-words TEXT          the words that --fake-exit-at-start says
   --fake-oom                 die at the start as llama.cpp does when the device's memory is short
   --fake-fail-first N, --fake-state FILE   die at the start the first N times; FILE counts
@@ -357,6 +358,10 @@ class Server:
         if code is not None:
             self.say(options.fault("--fake-words") or "error: invalid argument: --fake-exit-at-start")
             os._exit(int(code))
+        broken = options.fault("--fake-exit-at-start-while")
+        if broken is not None and os.path.exists(broken):
+            self.say(f"E srv  llama_server: exits while {broken} is there")
+            os._exit(1)
         try:
             with open(options.model, "rb") as file:
                 magic = file.read(4)

@@ -15,6 +15,14 @@ from tests.harness.router import RouterProcess
 
 pytestmark = pytest.mark.process
 
+WAYS: dict[str, dict[str, str]] = {"lean": {}, "quart": {"TE": "trailers"}}
+"""Headers that choose a way in."""
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict[str, str]:
+    return WAYS[request.param]
+
 
 def last_event(text: str) -> dict[str, Any]:
     """The error event a broken stream ends with: exactly one, and no [DONE]."""
@@ -27,46 +35,157 @@ def last_event(text: str) -> dict[str, Any]:
     return error
 
 
-def test_kill_9_and_the_next_request_is_answered(start_router: StartRouter) -> None:
+def test_kill_9_and_the_next_request_is_answered(start_router: StartRouter, way: dict[str, str]) -> None:
     router = start_router(qwen=[])
     for _ in range(3):
-        assert router.chat("qwen").status_code == 200
+        assert router.chat("qwen", headers=way).status_code == 200
         pid = router.status("qwen")["pid"]
         os.kill(pid, signal.SIGKILL)
-        assert router.chat("qwen").status_code == 200
+        assert router.chat("qwen", headers=way).status_code == 200
         assert not is_alive(pid)
         assert router.status("qwen")["pid"] != pid
 
 
-def test_kill_9_in_the_middle_of_waiting(start_router: StartRouter, record: Record) -> None:
+def test_kill_9_while_it_loads(start_router: StartRouter, record: Record, way: dict[str, str]) -> None:
+    gate = record.path.with_name("gate")
+    router = start_router(qwen=["--fake-load-until", str(gate), *record.flags])
+    waiting = router.in_background("qwen", headers=way)
+    (first,) = record.wait_for("spawned")
+    os.kill(first["pid"], signal.SIGKILL)
+    second = record.wait_for("spawned", 2)[1]
+    assert second["time"] - first["time"] < 5, "its exit is seen, not the end of load_timeout_sec"
+    gate.touch()
+    assert waiting.answer().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_kill_9_in_the_middle_of_waiting(
+    start_router: StartRouter, record: Record, way: dict[str, str], *, stream: bool
+) -> None:
     """Nothing was sent to the client yet: the request survives its backend."""
     gate = record.path.with_name("gate")
     router = start_router(qwen=["-np", "2", *record.flags])
-    pending = [router.in_background("qwen", fake={"hold_until": str(gate)}) for _ in range(4)]
+    pending = [
+        router.in_background("qwen", stream=stream, headers=way, fake={"hold_until": str(gate), "tag": str(number)})
+        for number in range(4)
+    ]
     record.wait_for("started", 2)
     router.wait_for_status("qwen", queued=2)
     os.kill(router.status("qwen")["pid"], signal.SIGKILL)
+    record.wait_for("started", 4)
+    ran = record.tags("started")
+    assert set(ran[2:]) == set(ran[:2]), "at their old places"
     gate.touch()
     assert {each.answer().status_code for each in pending} == {200}
     assert len(record.lines("spawned")) == 2
 
 
-def test_death_in_a_stream_ends_with_one_error_event(start_router: StartRouter) -> None:
+def test_a_stopped_llama_server_is_replaced(start_router: StartRouter, record: Record, way: dict[str, str]) -> None:
+    """SIGSTOP: connections are accepted by the kernel, and nothing is ever said."""
+    gate = record.path.with_name("gate")
+    router = start_router(qwen=record.flags, system={"stall_timeout_sec": 0.8})
+    running = router.in_background("qwen", headers=way, fake={"hold_until": str(gate)})
+    (line,) = record.wait_for("started")
+    queued = router.in_background("qwen", headers=way, stream=True)
+    router.wait_for_status("qwen", queued=1)
+    os.kill(line["pid"], signal.SIGSTOP)
+    gate.touch()
+    assert running.answer().status_code == 200
+    assert queued.answer().text.endswith("data: [DONE]\n\n")
+    assert not is_alive(line["pid"])
+    assert len(record.lines("spawned")) == 2
+    assert "computed nothing for 0.8 s" in router.stderr
+
+
+def test_one_that_is_well_and_makes_no_token_is_replaced(
+    start_router: StartRouter, record: Record, way: dict[str, str]
+) -> None:
+    gate = record.path.with_name("gate")
+    router = start_router(qwen=record.flags, system={"stall_timeout_sec": 0.8})
+    running = router.in_background("qwen", headers=way, fake={"hold_until": str(gate)})
+    (line,) = record.wait_for("started")
+    assert router.get("/health").status_code == 200
+    record.wait_for("started", 2)
+    gate.touch()
+    assert running.answer().status_code == 200
+    assert not is_alive(line["pid"])
+
+
+def test_a_request_that_stalls_two_gets_no_third(start_router: StartRouter, record: Record) -> None:
+    router = start_router(qwen=record.flags, system={"stall_timeout_sec": 0.4})
+    answer = router.chat("qwen", fake={"stall": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "backend_crashed")
+    assert "computed nothing" in answer.json()["error"]["message"]
+    assert router.chat("qwen").status_code == 200
+
+
+def test_a_stream_that_is_slow_is_no_stall(start_router: StartRouter, record: Record) -> None:
+    router = start_router(qwen=["-np", "2", *record.flags], system={"stall_timeout_sec": 0.4})
+    silent = router.in_background("qwen", fake={"tokens": 12, "token_seconds": 0.15})
+    answer = router.chat("qwen", stream=True, fake={"tokens": 12, "token_seconds": 0.15})
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert silent.answer().status_code == 200
+    assert len(record.lines("spawned")) == 1
+
+
+def test_one_that_cannot_compute_is_replaced(start_router: StartRouter, record: Record, way: dict[str, str]) -> None:
+    router = start_router(qwen=record.flags)
+    for _ in range(3):
+        answer = router.chat("qwen", headers=way, fake={"500": True})
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "Compute error."), "its own words"
+    record.wait_for("spawned", 2)
+    router.chat("qwen", headers=way, fake={"500": True})
+    assert router.chat("qwen", headers=way).status_code == 200  # one success between, and they are not in a row
+    for _ in range(2):
+        router.chat("qwen", fake={"500": True})
+    assert router.chat("qwen", headers=way).status_code == 200
+    assert len(record.lines("spawned")) == 2
+    assert "answered 'Compute error.' 3 times in a row" in router.stderr
+
+
+def test_a_crash_loop_hurts_nobody_else(start_router: StartRouter, record: Record, way: dict[str, str]) -> None:
+    """Backoff, `failed` with the last words, one more try after a while; another model answers all along."""
+    broken = record.path.with_name("broken")
+    broken.touch()
+    router = start_router(
+        models={"bad": ["--fake-exit-at-start-while", str(broken), *record.flags], "good": []},
+        system={"failed_retry_sec": 1},
+    )
+    loop = router.in_background("bad", headers=way)
+    answers = 0
+    while not loop.done:
+        assert router.chat("good", headers=way).status_code == 200
+        answers += 1
+    answer = loop.answer()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_failed")
+    assert "exits while" in answer.json()["error"]["message"], "the last lines of its log"
+    assert 0 < int(answer.headers["retry-after"]) <= 1
+    times = [line["time"] for line in record.lines("spawned")]
+    assert len(times) == 3
+    assert times[2] - times[1] > times[1] - times[0] > 0.15
+    assert answers > 3
+    broken.unlink()
+    assert router.chat("bad", headers=way).status_code == 503
+    wait_until(lambda: router.chat("bad", headers=way).status_code == 200)
+    assert len(record.lines("spawned")) == 4
+
+
+def test_death_in_a_stream_ends_with_one_error_event(start_router: StartRouter, way: dict[str, str]) -> None:
     router = start_router(qwen=["--fake-die-after-chunks", "3"])
-    answer = router.chat("qwen", stream=True)
+    answer = router.chat("qwen", headers=way, stream=True)
     assert answer.status_code == 200
     assert answer.text.count("tök") == 2
     error = last_event(answer.text)
     assert (error["type"], error["code"]) == ("service_unavailable_error", "backend_unavailable")
-    again = router.chat("qwen", stream=True)
+    again = router.chat("qwen", headers=way, stream=True)
     assert last_event(again.text)["code"] == "backend_unavailable"
 
 
-def test_kill_9_in_a_stream_leaves_others_alone(start_router: StartRouter, record: Record) -> None:
+def test_kill_9_in_a_stream_leaves_others_alone(start_router: StartRouter, record: Record, way: dict[str, str]) -> None:
     router = start_router(a=record.flags, b=[])
     with router.client() as client:
         body = {"model": "a", "stream": True, "fake": {"tokens": 1000, "token_seconds": 0.01}}
-        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        with client.stream("POST", "/v1/chat/completions", json=body, headers=way) as answer:
             pieces = answer.iter_text()
             text = next(pieces)
             os.kill(router.status("a")["pid"], signal.SIGKILL)
@@ -77,30 +196,43 @@ def test_kill_9_in_a_stream_leaves_others_alone(start_router: StartRouter, recor
 
 
 @pytest.mark.parametrize("fault", [{"close_mid_chunk": True}, {"silent_after": 2}])
-def test_a_stream_that_breaks_or_falls_silent(start_router: StartRouter, fault: dict[str, Any]) -> None:
+def test_a_stream_that_breaks_or_falls_silent(
+    start_router: StartRouter, fault: dict[str, Any], way: dict[str, str]
+) -> None:
     router = start_router(qwen=[], system={"request_timeout_sec": 0.4})
-    answer = router.chat("qwen", stream=True, fake=fault)
+    answer = router.chat("qwen", headers=way, stream=True, fake=fault)
     expected = "backend_timeout" if "silent_after" in fault else "backend_unavailable"
     assert last_event(answer.text)["code"] == expected
     assert router.chat("qwen").status_code == 200
 
 
-def test_death_in_a_stream_of_messages_speaks_its_dialect(start_router: StartRouter) -> None:
+def test_death_in_a_stream_of_messages_speaks_its_dialect(start_router: StartRouter, way: dict[str, str]) -> None:
     """Anthropic's clients look for `event: error`."""
     router = start_router(qwen=["--fake-die-after-chunks", "3"])
-    answer = router.post("/v1/messages", {"model": "qwen", "messages": [], "stream": True})
+    answer = router.post("/v1/messages", {"model": "qwen", "messages": [], "stream": True}, headers=way)
     last = answer.text.rstrip().rpartition("\n\n")[2]
     assert last.startswith("event: error\ndata: ")
     assert '"message_stop"' not in answer.text
 
 
+def test_death_in_a_stream_of_responses_speaks_its_dialect(start_router: StartRouter, way: dict[str, str]) -> None:
+    router = start_router(qwen=["--fake-die-after-chunks", "3"])
+    answer = router.post("/v1/responses", {"model": "qwen", "input": "Hi", "stream": True}, headers=way)
+    last = answer.text.rstrip().rpartition("\n\n")[2]
+    assert last.startswith("event: response.failed\ndata: ")
+    told = json.loads(last.partition("data: ")[2])
+    assert (told["type"], told["response"]["status"]) == ("response.failed", "failed")
+    assert told["response"]["error"]["message"] == told["error"]["message"]
+    assert "response.completed" not in answer.text
+
+
 @pytest.mark.parametrize("when", ["before_headers", "after_headers"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_kills_gets_no_third(
-    start_router: StartRouter, record: Record, when: str, *, stream: bool
+    start_router: StartRouter, record: Record, when: str, way: dict[str, str], *, stream: bool
 ) -> None:
     router = start_router(qwen=record.flags)
-    answer = router.chat("qwen", stream=stream, fake={"die": when})
+    answer = router.chat("qwen", headers=way, stream=stream, fake={"die": when})
     assert answer.status_code == 502, answer.text
     assert answer.json()["error"]["code"] == "backend_crashed"
     assert len(record.lines("spawned")) in {2, 3}
@@ -108,22 +240,26 @@ def test_a_request_that_kills_gets_no_third(
 
 
 @pytest.mark.parametrize("fault", [{"garbage": True}, {"answer_101": True}])
-def test_what_is_not_an_answer(start_router: StartRouter, record: Record, fault: dict[str, Any]) -> None:
+def test_what_is_not_an_answer(
+    start_router: StartRouter, record: Record, fault: dict[str, Any], way: dict[str, str]
+) -> None:
     router = start_router(qwen=record.flags)
-    answer = router.chat("qwen", fake=fault)
-    assert answer.status_code in {502, 503}, answer.text
-    assert answer.json()["error"]["type"] in {"server_error", "service_unavailable_error"}
+    answer = router.chat("qwen", headers=way, fake=fault)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "bad_backend_response"), answer.text
+    assert len(record.lines("spawned")) == 1
     assert router.chat("qwen").status_code == 200
     assert router.status("qwen")["active"] == 0
 
 
 @pytest.mark.parametrize("fault", [{"wrong_length": True}, {"close_mid_chunk": True}])
 @pytest.mark.parametrize("size", [10, 300_000])
-def test_a_whole_answer_that_is_cut(start_router: StartRouter, fault: dict[str, Any], size: int) -> None:
+def test_a_whole_answer_that_is_cut(
+    start_router: StartRouter, fault: dict[str, Any], size: int, way: dict[str, str]
+) -> None:
     """Small ones are held back and become an error; of a large one the client can see that it was cut."""
     router = start_router(qwen=[])
     try:
-        answer = router.chat("qwen", fake={**fault, "chunk_bytes": size})
+        answer = router.chat("qwen", headers=way, fake={**fault, "chunk_bytes": size})
     except httpx.RemoteProtocolError:
         assert size > 100_000
     else:

@@ -11,6 +11,11 @@ from trio_router.backend.client import BackendClient
 from trio_router.backend.connection import Connection
 from trio_router.backend.logtail import LogTail
 
+COMPUTE_ERROR = b'"message":"Compute error."'
+"""As no text of a model can stand in an answer: its quotes would be escaped."""
+COMPUTE_ERRORS = 3
+"""llama-server's decode failed this often without one success between: it is broken, not a request."""
+
 
 @attrs.define(eq=False)
 class Slot:
@@ -58,6 +63,42 @@ class Backend:
     """Whether it was us who ended it."""
     gone: trio.Event = attrs.field(factory=trio.Event)
     """Set once it is."""
+    compute_errors: int = 0
+    """Answers in a row that said that it cannot compute."""
+    _illness: str | None = None
+    _ill: trio.Event = attrs.field(factory=trio.Event)
+
+    def heard(self) -> bool:
+        """Whether it said something since the last time, or nobody waits for it to."""
+        connections = [slot.connection for slot in self.slots if slot.connection is not None]
+        spoke = any(connection.spoke for connection in connections)
+        for connection in connections:
+            connection.spoke = False
+        return spoke or not any(connection.awaited for connection in connections)
+
+    def answered(self, end: bytes) -> bool:
+        """A whole answer came, which ended so; whether that proves that it works.
+
+        `COMPUTE_ERRORS` in a row that say that it cannot compute, and it is to be replaced.
+        """
+        if COMPUTE_ERROR not in end:
+            self.compute_errors = 0
+            return True
+        self.compute_errors += 1
+        if self.compute_errors >= COMPUTE_ERRORS:
+            self.condemn(f"llama-server answered 'Compute error.' {self.compute_errors} times in a row")
+        return False
+
+    def condemn(self, why: str) -> None:
+        """Have it replaced."""
+        if self._illness is None:
+            self._illness = why
+            self._ill.set()
+
+    async def until_condemned(self) -> str:
+        """Return why it is to be replaced, once it is."""
+        await self._ill.wait()
+        return self._illness or ""
 
     def open_slots(self, count: int) -> None:
         """Make the slots; once."""

@@ -38,6 +38,8 @@ MAX_HEAD_BYTES = 64 * 1024
 CONNECT_SECONDS = 10.0
 """A backend whose backlog is full for this long takes no more."""
 CONNECT_RETRY_SECONDS = 0.01
+PING_BYTES = 20
+"""llama-server says `:` in a stream that waits; less than this is no sign that it computes."""
 MAX_IDLE_SECONDS = 4.0
 """llama-server closes a connection that was idle for 5 s (cpp-httplib); a request must not cross that."""
 
@@ -246,6 +248,8 @@ class Connection:
     """Whether we wait for the backend."""
     _quiet_since: float | None = None
     """Trio time at which `expire_silent` first saw the wait under way."""
+    spoke: bool = False
+    """Whether something of an answer's body came since this was last cleared; signs of life do not count."""
     _attention: Attention | None = None
     """The pump's, while `stream` waits."""
     _loss: BackendLost | None = None
@@ -293,6 +297,11 @@ class Connection:
         if self.closed or self._idle_since is None or time.monotonic() - self._idle_since > MAX_IDLE_SECONDS:
             return False
         return not self._news.poll(0)  # else it was closed by the backend, or that spoke out of turn
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for the backend to take or say something."""
+        return self._waiting and not self.closed
 
     @property
     def complete(self) -> bool:
@@ -409,6 +418,8 @@ class Connection:
                 return False
             if not reading.body:
                 return not reading.done
+            if len(data) > PING_BYTES:
+                self.spoke = True
             piece = reading.body[0] if len(reading.body) == 1 else b"".join(reading.body)
             reading.body.clear()
             return pass_on(piece) and not reading.done and not self._more
@@ -448,6 +459,8 @@ class Connection:
             self.close()
             raise self._broke("the connection broke", stale=self._reused and not self._answered) from error
         self._take(data)
+        if self._reading.body and len(data) > PING_BYTES:
+            self.spoke = True
 
     def _take(self, data: bytes) -> None:
         """Understand what was read; nothing is the end. Raises BackendLost."""

@@ -16,14 +16,17 @@ only then is there a successor.
 *Error handling.* A death is not an exception: it is counted, and answered with a pause that doubles and then
 another incarnation. `max_load_attempts` loads in a row that never became ready, or `MAX_CRASHES` deaths in a row
 without one request answered between them, and the model is `failed`: those who wait are told, with the last lines
-of the server's log, and `run` returns. The counts outlive `run`; `reset` clears them.
+of the server's log, and `run` returns. The counts outlive `run`; `reset` clears them. After `failed_retry_sec` the
+next request has it tried once more (`try_again`): one failure, and it is `failed` again.
 
 *Cancellation.* May come at any await.
 """
 
+import math
 import random
 import signal
 import time
+from functools import partial
 from typing import Protocol
 
 import attrs
@@ -38,6 +41,7 @@ from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.backend.lifecycle import Move, State, after
 from trio_router.backend.logtail import LogTail
 from trio_router.backend.process import ServerProcess
+from trio_router.backend.stall import until_stalled
 from trio_router.config.schema import ModelConfig, SystemConfig
 from trio_router.errors import LoadTimeout, ModelFailed, RouterError
 from trio_router.telemetry.events import (
@@ -56,6 +60,7 @@ MAX_CRASHES = 5
 BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 30.0
 LAST_WORDS_LINES = 12
+MAX_RETRY_AFTER_SECONDS = 3600
 JOURNAL_LINES = 1000
 JOURNAL_BYTES = 256 * 1024
 
@@ -88,6 +93,8 @@ class SupervisorSettings:
     request_timeout_seconds: float
     health_interval_seconds: float
     max_load_attempts: int
+    stall_timeout_seconds: float = math.inf
+    failed_retry_seconds: float = math.inf
 
     @classmethod
     def of(cls, system: SystemConfig) -> "SupervisorSettings":
@@ -97,6 +104,8 @@ class SupervisorSettings:
             request_timeout_seconds=system.request_timeout_sec,
             health_interval_seconds=system.health_interval_sec,
             max_load_attempts=system.max_load_attempts,
+            stall_timeout_seconds=system.stall_timeout_sec,
+            failed_retry_seconds=system.failed_retry_sec,
         )
 
 
@@ -151,6 +160,8 @@ class Supervisor:
     """Spawn to ready, of the last load that succeeded."""
     _not_before: float = -float("inf")
     """Trio time before which no incarnation is started."""
+    _failed_until: float = math.inf
+    """Trio time from which a failed model is tried once more."""
 
     @property
     def address(self) -> Address | None:
@@ -176,6 +187,16 @@ class Supervisor:
         if self.state is State.FAILED:
             self.move(Move.RESET)
         return previous
+
+    def try_again(self) -> bool:
+        """Have a model that failed long enough ago be off again, for one more try; whether it was that long ago."""
+        if trio.current_time() < self._failed_until:
+            return False
+        self.attempts = self.settings.max_load_attempts - 1
+        self.crashes = min(self.crashes, MAX_CRASHES - 1)
+        self._not_before = -math.inf
+        self.move(Move.RESET)
+        return True
 
     def proved(self) -> None:
         """A request was answered: the backend works, earlier deaths no longer count."""
@@ -221,6 +242,7 @@ class Supervisor:
         alias = self.model.alias
         if tries >= limit:
             self.move(Move.GIVE_UP)
+            self._failed_until = trio.current_time() + self.settings.failed_retry_seconds
             log.error("model failed", model=alias, attempts=tries, error=ending.message)
             if ending.timed_out:
                 self.gate.refused(LoadTimeout(f"model {alias!r}: {ending.message}", param="model"))
@@ -239,11 +261,13 @@ class Supervisor:
     def failure(self) -> ModelFailed:
         """What a request for this model is told once it is failed."""
         alias = self.model.alias
+        left = max(1, math.ceil(min(self._failed_until - trio.current_time(), MAX_RETRY_AFTER_SECONDS)))
         return ModelFailed(
-            f"model {alias!r} failed and is not tried again until it is reset (POST /v1/models/{alias}/reset): {self.error}",
+            f"model {alias!r} failed and is tried again in {left} s, or when it is reset "
+            f"(POST /v1/models/{alias}/reset): {self.error}",
             param="model",
             details={"model": alias, "attempts": max(self.attempts, self.crashes)},
-            retry_after_seconds=60,
+            retry_after_seconds=left,
         )
 
     async def _live(self) -> Ending:
@@ -288,7 +312,9 @@ class Supervisor:
                     if self.backend is not None:
                         self.backend.lose(why or "its llama-server ended")
                         self.gate.closed(self.backend)
-                    code = await process.stop_within()
+                    # one that is condemned is not asked: it does not answer
+                    condemned = why is not None and self.backend is not None
+                    code = await (process.stop_within(0) if condemned else process.stop_within())
                     address.remove()
         finally:
             was_ready, self.backend = self.ready_at is not None, None
@@ -335,9 +361,17 @@ class Supervisor:
                 self.events.emit(LoadFinished(alias=self.model.alias, result=LoadResult.OK, seconds=self.load_seconds))
                 log.info("ready", model=self.model.alias, seconds=round(self.load_seconds, 3), slots=self.model.slots)
                 self.gate.opened(self.backend)
-            life.start_soon(expire_silent, self.backend)
-            await self._learn(self.backend)
-            return await watch(client, self.health, self.settings.health_interval_seconds)
+            backend = self.backend
+
+            async def until_ill() -> None:
+                backend.condemn(await watch(client, self.health, self.settings.health_interval_seconds))
+
+            async def until_stuck() -> None:
+                backend.condemn(await until_stalled(backend, self.settings.stall_timeout_seconds))
+
+            for task in (until_ill, until_stuck, partial(expire_silent, backend), partial(self._learn, backend)):
+                life.start_soon(task)
+            return await backend.until_condemned()
 
     async def _learn(self, backend: Backend) -> None:
         """Ask what was loaded; a server that does not say is no worse a server."""

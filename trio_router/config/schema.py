@@ -68,6 +68,8 @@ class SystemConfig:
     idle_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
     request_timeout_sec: float = attrs.field(default=120.0, validator=Within(above=0))
     """Longest silence from the backend once a request is running."""
+    stall_timeout_sec: float = attrs.field(default=100.0, validator=Within(above=0))
+    """No byte for any request and nothing computed for this long: llama-server is replaced."""
     queue_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
     """Longest wait for a slot, loading included."""
     load_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
@@ -85,7 +87,9 @@ class SystemConfig:
     """Margin on the projected memory of a model that was never measured."""
     health_interval_sec: float = attrs.field(default=30.0, validator=Within(above=0))
     max_load_attempts: int = attrs.field(default=3, validator=Within(minimum=1))
-    """Then the model is `failed` until reset."""
+    """Then the model is `failed`."""
+    failed_retry_sec: float = attrs.field(default=300.0, validator=Within(above=0))
+    """A model that has been `failed` for this long is tried once more when it is asked for."""
     max_retries: int = attrs.field(default=2, validator=Within(minimum=0))
     """How often a request whose backend died before its first byte is queued again."""
     backend_transport: BackendTransport = BackendTransport.UNIX

@@ -11,7 +11,7 @@ The cases, after a try that ended with a `BackendLost`:
 4. The backend died, and so did the one before it under the same request: 502 with the log's last lines. Such a
    request gets no third to kill.
 5. The backend died, and `max_retries` are used up: 503.
-6. The backend died: queued again, with the old ticket's key and deadline.
+6. The backend died: queued again with the old ticket's key, and with what was left of its time to wait.
 """
 
 from collections.abc import Awaitable, Callable
@@ -69,6 +69,8 @@ async def dispatch(registry: Registry, ticket: Ticket, attempt: Callable[[Slot],
                 raise verdict from error
             retries += 1
             ticket.requeued = True  # 6
+            if ticket.granted_at is not None:
+                ticket.deadline += trio.current_time() - ticket.granted_at
             log.info("queued again", model=ticket.alias, incarnation=backend.incarnation, error=str(error))
         except BaseException:
             lease.slot.disconnect()

@@ -164,12 +164,12 @@ class Registry:
     def _admit(self, model: Model) -> None:
         if self.draining:
             raise ShuttingDown("the router is shutting down")
-        if model.state is State.FAILED:
+        if model.state is State.FAILED and not model.supervisor.try_again():
             raise model.supervisor.failure()
 
-    def proved(self, backend: Backend) -> None:
-        """A request was answered by `backend`, to its end."""
-        model = self.models.get(backend.alias)
+    def answered(self, backend: Backend, end: bytes) -> None:
+        """A request was answered by `backend`; its answer ended so."""
+        model = self.models.get(backend.alias) if backend.answered(end) else None
         if model is not None and model.supervisor.backend is backend:
             model.supervisor.proved()
 

@@ -106,7 +106,7 @@ class Exchange:
         if answer is not None:
             whole = answer.handed_out
             if whole:  # a client may go away with its last byte: that is no cancellation
-                self.registry.proved(answer.lease.slot.backend)
+                self.registry.answered(answer.lease.slot.backend, answer.end)
             answer.close()
             self._ended(None if whole else answer.error or error)
 

@@ -224,6 +224,11 @@ class Answer:
         """The last bytes that went out."""
         return b"".join(self._last)[-TAIL_BYTES:]
 
+    @property
+    def end(self) -> bytes:
+        """The last piece that went out, or its end."""
+        return self._last[-1] if self._last else b""
+
     def close(self) -> None:
         """Give the slot back; an answer that was not read to its end is cut off, so that llama-server stops."""
         self.opened.connection.finish()
