@@ -209,6 +209,40 @@ async def test_4_who_saw_two_die_gets_no_third(servers: FakeServers, autojump_cl
         assert request.incarnations == [1, 2]
 
 
+async def test_4_in_company_it_may_have_been_another(servers: FakeServers, autojump_clock: MockClock) -> None:
+    async with ready(servers, slots=3, max_retries=2) as fleet:
+        ends: dict[str, str] = {}
+
+        async def run(name: str, request: Request) -> None:
+            try:
+                lease, _ = await request.run()
+            except BackendCrashed as error:
+                ends[name] = error.message
+            else:
+                ends[name] = "answer"
+                await trio.sleep(1)
+                fleet["a"].supervisor.proved()
+                lease.release()
+
+        innocent = [Request(fleet, [hangs, hangs, answers]) for _ in range(2)]
+        poison = Request(fleet, [dies(fleet)] * 3)
+        for name, request in (("first", innocent[0]), ("poison", poison), ("last", innocent[1])):
+            fleet.nursery.start_soon(run, name, request)
+            await trio.sleep(0.125)
+        fleet.soon("a", name="young")
+        await trio.sleep(30)
+        assert ends.pop("poison").startswith("the llama-server of model 'a' died 3 times under this request")
+        assert ends == {"first": "answer", "last": "answer"}
+        assert [request.incarnations for request in (innocent[0], poison, innocent[1])] == [
+            [1, 2, 3], [1, 2, 3], [1, 2, 4],
+        ]  # fmt: skip
+        # twice all of them; then one after the other, each for itself, and only then who came later
+        assert innocent[0].began_at == [1, 3.125, 5.375]
+        assert poison.began_at == [1.125, 3.125, 7.375]
+        assert innocent[1].began_at == [1.25, 3.125, 9.375]
+        assert fleet.of("young") == ["11.375 young runs"]
+
+
 async def test_5_no_retries_left(servers: FakeServers, autojump_clock: MockClock) -> None:
     async with ready(servers, max_retries=0) as fleet:
         request = Request(fleet, [dies(fleet), answers])

@@ -26,6 +26,7 @@ def ticket(
     requeued: bool = False,
     client: str = "",
     weight: float = 1.0,
+    alone: bool = False,
 ) -> Ticket:
     """One that arrives now."""
     now = trio.current_time()
@@ -38,6 +39,7 @@ def ticket(
         requeued=requeued,
         client=client,
         weight=weight,
+        alone=alone,
     )
 
 
@@ -611,6 +613,108 @@ async def test_demand_and_rest(nursery: trio.Nursery, autojump_clock: MockClock)
     assert calls == ["rest", "demand 1", "demand 0"]
 
 
+async def test_one_that_is_queued_again_is_first_also_when_the_queue_was_empty_meanwhile(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    scheduler = scheduler_of(1)
+    clients = Clients(scheduler, nursery)
+    mine = [ticket(client="a") for _ in range(5)]
+    for number, each in enumerate(mine):
+        await clients.come(f"a{number}", ticket=each, seconds=1)
+    await trio.sleep(4.5)
+    scheduler.close()  # the last of them ran, with a late turn
+    mine[4].requeued = True
+    await clients.come("b", client="b", seconds=1)
+    await clients.come("again", ticket=mine[4], seconds=1)
+    scheduler.open(backend_of(1, incarnation=2))
+    await trio.sleep(5)
+    assert clients.record[-2:] == ["4.5 again", "5.5 b"]
+    assert left_idle(scheduler)
+
+
+# --- alone ------------------------------------------------------------------------------------------
+
+
+async def test_who_is_to_be_alone_is_alone(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    scheduler = scheduler_of(3)
+    clients = Clients(scheduler, nursery)
+    await clients.come("one", seconds=1)
+    await clients.come("two", seconds=2)
+    await clients.come("alone", alone=True, seconds=5)
+    for name in ("three", "four", "five", "six"):
+        await clients.come(name, seconds=1)
+    assert clients.record == ["0 one", "0 two"], "a slot is free, and nobody gets it"
+    assert scheduler.statistics().free == 1
+    await trio.sleep(10)
+    assert clients.record[2] == "2 alone"
+    assert sorted(clients.record[3:]) == ["7 five", "7 four", "7 three", "8 six"]
+    assert left_idle(scheduler)
+
+
+async def test_whoever_comes_while_one_waits_to_be_alone_waits_too(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    scheduler = scheduler_of(3)
+    clients = Clients(scheduler, nursery)
+    await clients.come("running", seconds=5)
+    await clients.come("running too", seconds=2)
+    await clients.come("alone", alone=True, seconds=1)
+    await clients.come("urgent", HIGH, seconds=9)
+    await trio.sleep(4)
+    assert clients.record == ["0 running", "0 running too", "2 urgent"], "in the order that always holds"
+    await trio.sleep(10)
+    assert clients.record[3:] == ["11 alone"]
+
+
+async def test_alone_at_once(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    scheduler = scheduler_of(3)
+    clients = Clients(scheduler, nursery)
+    await clients.come("alone", alone=True, seconds=1)
+    await clients.come("alone too", alone=True, seconds=1)
+    await clients.come("other", seconds=1)
+    await trio.sleep(5)
+    assert clients.record == ["0 alone", "1 alone too", "2 other"]
+    assert scheduler.statistics() == attrs.evolve(IDLE, free=3)
+    assert left_idle(scheduler)
+
+
+async def test_who_was_to_be_alone_leaves(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    scheduler = scheduler_of(2)
+    clients = Clients(scheduler, nursery)
+    await clients.come("running", seconds=5)
+    await clients.come("alone", alone=True, patience=2)
+    await clients.come("alone too", alone=True)
+    await clients.come("other", seconds=5)
+    await trio.sleep(3)
+    assert clients.record == ["0 running", "2 alone queue_timeout"]
+    clients.scopes["alone too"].cancel()
+    await wait_all_tasks_blocked()
+    assert sorted(clients.record[2:]) == ["3 alone too cancelled", "3 other"]
+    await trio.sleep(10)
+    await clients.come("third", seconds=5)
+    await clients.come("alone again", alone=True)
+    scheduler.refuse(LoadTimeout("too slow"))
+    await clients.come("fourth", seconds=1)
+    assert sorted(clients.record[-2:]) == ["13 alone again load_timeout", "13 fourth"]
+    await trio.sleep(10)
+    assert left_idle(scheduler)
+
+
+async def test_alone_on_the_next_backend(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+    scheduler = scheduler_of(2)
+    clients = Clients(scheduler, nursery)
+    await clients.come("alone", alone=True, seconds=5)
+    await clients.come("other", seconds=1)
+    scheduler.close()
+    await clients.come("alone too", alone=True, seconds=5)
+    scheduler.open(backend_of(2, incarnation=2))
+    await wait_all_tasks_blocked()
+    assert clients.record == ["0 alone", "0 other"], "a lease on the old one is in nobody's way"
+    await trio.sleep(20)
+    assert clients.record[2:] == ["1 alone too"]
+    assert left_idle(scheduler)
+
+
 # --- many -------------------------------------------------------------------------------------------
 
 
@@ -621,6 +725,8 @@ def test_thousands_of_requests_that_may_be_cancelled_at_any_time() -> None:
     held: Counter[Slot] = Counter()
     most: Counter[int] = Counter()
     """Most leases at one time, by incarnation."""
+
+    alone: set[Backend] = set()
 
     async def main() -> None:
         scheduler = scheduler_of(slots, max_waiting=15)
@@ -635,7 +741,11 @@ def test_thousands_of_requests_that_may_be_cancelled_at_any_time() -> None:
         async def request(patience: float, cancelled_after: float, seconds: float, priority: Priority) -> None:
             with trio.move_on_after(cancelled_after) as scope:
                 try:
-                    lease = await scheduler.acquire(ticket(priority, patience=patience, requeued=random.random() < 0.1))
+                    lease = await scheduler.acquire(
+                        ticket(
+                            priority, patience=patience, requeued=random.random() < 0.1, alone=random.random() < 0.05
+                        )
+                    )
                 except RouterError as error:
                     ends[error.code] += 1
                     return
@@ -645,6 +755,9 @@ def test_thousands_of_requests_that_may_be_cancelled_at_any_time() -> None:
                     most[slot.backend.incarnation], sum(held[other] for other in slot.backend.slots)
                 )
                 assert held[slot] == 1
+                if scheduler._alone is lease:
+                    assert sum(held[other] for other in slot.backend.slots) == 1
+                    alone.add(slot.backend)
                 try:
                     await trio.sleep(seconds)
                     ends["served"] += 1
@@ -691,6 +804,7 @@ def test_thousands_of_requests_that_may_be_cancelled_at_any_time() -> None:
     assert min(ends.values()) > 100, ends
     assert max(most.values()) == slots
     assert held.total() == 0
+    assert len(alone) > 50
 
 
 @attrs.define
@@ -702,32 +816,54 @@ class _Expected:
     waiting: list[tuple[float, int]] = attrs.field(factory=list)
     """(key, number of the request)"""
     running: dict[int, Backend] = attrs.field(factory=dict)
+    alone: set[int] = attrs.field(factory=set)
+    blocked: bool = False
+    """Slots are free, but who is next is to be alone."""
     refused: set[int] = attrs.field(factory=set)
     backend: Backend | None = None
 
+    def here(self) -> set[int]:
+        """Those that run on the backend at hand."""
+        return {number for number, backend in self.running.items() if backend is self.backend}
+
     def settle(self) -> None:
-        while self.waiting and self.backend is not None:
-            if sum(backend is self.backend for backend in self.running.values()) == self.slots:
+        while self.waiting and self.backend is not None and not self.blocked:
+            here = self.here()
+            if len(here) == self.slots or here & self.alone:
+                return
+            if here and min(self.waiting)[1] in self.alone:
+                self.blocked = True
                 return
             self.running[self.waiting.pop(self.waiting.index(min(self.waiting)))[1]] = self.backend
 
-    def come(self, number: int, key: float) -> None:
+    def come(self, number: int, key: float, *, alone: bool) -> None:
+        if alone:
+            self.alone.add(number)
         room = self.max_waiting + (self.slots if self.backend is None else 0)
-        served = self.backend is not None and list(self.running.values()).count(self.backend) < self.slots
+        here = self.here()
+        served = (
+            self.backend is not None
+            and not self.waiting
+            and not here & self.alone
+            and (not here if alone else len(here) < self.slots)
+        )
         if not served and len(self.waiting) >= room:
             self.refused.add(number)
         else:
             self.waiting.append((key, number))
 
     def go(self, number: int) -> None:
-        self.running.pop(number, None)
+        if self.running.pop(number, None) is self.backend or number in [entry[1] for entry in self.waiting]:
+            self.blocked = False
         self.waiting = [entry for entry in self.waiting if entry[1] != number]
 
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("come"), st.sampled_from(Priority)),
-        st.tuples(st.just("come"), st.sampled_from(Priority)),
+        st.tuples(st.just("come"), st.tuples(st.sampled_from(Priority), st.just(value=False))),
+        st.tuples(st.just("come"), st.tuples(st.sampled_from(Priority), st.just(value=False))),
+        st.tuples(st.just("come"), st.tuples(st.sampled_from(Priority), st.booleans())),
+        st.tuples(st.just("come"), st.tuples(st.sampled_from(Priority), st.just(value=True))),
         st.tuples(st.just("go"), st.integers(0, 30)),
         st.tuples(st.just("sleep"), st.integers(1, 200)),
         st.tuples(st.just("open"), st.none()),
@@ -738,7 +874,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(slots=st.integers(1, 3), max_waiting=st.integers(0, 6), steps=STEPS)
 def test_does_what_a_slower_one_would_do(slots: int, max_waiting: int, steps: list[tuple]) -> None:
     async def main() -> None:
@@ -750,8 +886,9 @@ def test_does_what_a_slower_one_would_do(slots: int, max_waiting: int, steps: li
             for what, argument in steps:
                 match what:
                     case "come":
-                        expected.come(number, ticket(argument).key)
-                        await clients.come(str(number), argument)
+                        priority, alone = argument
+                        expected.come(number, ticket(priority).key, alone=alone)
+                        await clients.come(str(number), priority, alone=alone)
                         number += 1
                     case "go" if number:
                         expected.go(argument % number)
@@ -763,17 +900,21 @@ def test_does_what_a_slower_one_would_do(slots: int, max_waiting: int, steps: li
                         expected.backend = backend_of(slots, incarnation=incarnation)
                         scheduler.open(expected.backend)
                     case "close":
-                        expected.backend = None
+                        expected.backend, expected.blocked = None, False
                         scheduler.close()
                     case "refuse":
                         expected.refused.update(entry[1] for entry in expected.waiting)
                         expected.waiting.clear()
+                        expected.blocked = False
                         scheduler.refuse(LoadTimeout("too slow"))
                 expected.settle()
                 await wait_all_tasks_blocked()
                 running = {name: lease.slot.backend for name, lease in clients.leases.items() if not lease.released}
                 assert running == {str(name): backend for name, backend in expected.running.items()}
                 assert {int(name) for name in clients.errors} == expected.refused
+                assert len(scheduler._free) + len(scheduler._aside) == (
+                    slots - len(expected.here()) if expected.backend is not None else 0
+                )
                 assert scheduler.waiting == len(expected.waiting)
                 assert scheduler.active == len(expected.running)
                 assert scheduler.first_key() == (min(expected.waiting)[0] if expected.waiting else None)

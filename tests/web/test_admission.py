@@ -348,5 +348,15 @@ def test_none_at_all():
 def test_probes_need_none():
     for path in (*OPEN_PATHS, "/ui/", "/ui/app.js"):
         assert has_key(path=path)
-    for path in ("/uix", "/x/ui/", "//ui/", "/v1/models", "/Health", "/health/", "/health/../v1/models", "//health", "/metrics"):
+    for path in (
+        "/uix",
+        "/x/ui/",
+        "//ui/",
+        "/v1/models",
+        "/Health",
+        "/health/",
+        "/health/../v1/models",
+        "//health",
+        "/metrics",
+    ):
         assert not has_key(path=path)

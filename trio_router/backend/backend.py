@@ -63,6 +63,8 @@ class Backend:
     """Whether it was us who ended it."""
     gone: trio.Event = attrs.field(factory=trio.Event)
     """Set once it is."""
+    aboard: int = 0
+    """How many requests ran when it was lost."""
     compute_errors: int = 0
     """Answers in a row that said that it cannot compute."""
     _illness: str | None = None

@@ -9,7 +9,8 @@ The cases, after a try that ended with a `BackendLost`:
 2. The backend lives on: it broke off, or answered what is not HTTP. The client gets 502, nothing is repeated.
 3. We ended the backend ourselves, because it was ejected or we are shutting down: 503.
 4. The backend died, and so did the one before it under the same request: 502 with the log's last lines. Such a
-   request gets no third to kill.
+   request gets no third to kill. But if others were aboard, it may have been one of those: then it is queued again
+   (6), and has the next backend for itself.
 5. The backend died, and `max_retries` are used up: 503.
 6. The backend died: queued again with the old ticket's key, and with what was left of its time to wait.
 """
@@ -69,6 +70,7 @@ async def dispatch(registry: Registry, ticket: Ticket, attempt: Callable[[Slot],
                 raise verdict from error
             retries += 1
             ticket.requeued = True  # 6
+            ticket.alone = deaths >= MAX_DEATHS
             if ticket.granted_at is not None:
                 ticket.deadline += trio.current_time() - ticket.granted_at
             log.info("queued again", model=ticket.alias, incarnation=backend.incarnation, error=str(error))
@@ -91,12 +93,13 @@ def _verdict(
             return ShuttingDown("the router is shutting down")  # 3
         return BackendUnavailable(f"model {alias!r} was unloaded while the request ran", param="model")  # 3
     words = backend.tail.last(8)
-    if deaths >= MAX_DEATHS:
+    used_up = retries >= registry.config.system.max_retries
+    if deaths >= MAX_DEATHS and (used_up or backend.aboard <= 1):
         return BackendCrashed(  # 4
             f"the llama-server of model {alias!r} died {deaths} times under this request: {backend.lost}; "
             f"its last words:\n{words}",
             details={"model": alias},
         )
-    if retries >= registry.config.system.max_retries:
+    if used_up:
         return BackendUnavailable(f"the llama-server of model {alias!r} died: {backend.lost}", param="model")  # 5
     return None

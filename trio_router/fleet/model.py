@@ -162,6 +162,7 @@ class Model:
         self.look()
 
     def closed(self, backend: Backend) -> None:
+        backend.aboard = self.scheduler.active
         if self.scheduler.backend is backend:
             self.scheduler.close()
 

@@ -14,6 +14,10 @@ Hand-over is synchronous. Whoever frees a slot wakes the first waiter's task wit
 task that is cancelled before it was woken to give up (`_Waiter.abort`), and never one that was woken already. So a
 lease is in exactly one pair of hands at any time, and is released exactly once.
 
+A request that may be what killed two backends is to have the next one for itself (`Ticket.alone`), so that it kills
+nobody else's. When its turn comes, free slots are set aside until no lease is out, and while it runs; whoever comes
+meanwhile waits too.
+
 The queue outlives backends: `open` brings a backend's slots, `close` takes them away; leases on a lost backend
 are released into nothing. `statistics()` is `IDLE` when nobody waits and nobody holds.
 """
@@ -69,6 +73,8 @@ class Ticket:
     """Inside a priority, smaller is served earlier: answers since the queue was empty last."""
     requeued: bool = False
     """Whether it was admitted before: the queue's bound does not apply again."""
+    alone: bool = False
+    """Whether it is to have a backend for itself."""
     granted_at: float | None = None
     """Trio time at which it got a slot, the last one if there were several."""
 
@@ -141,6 +147,8 @@ class _Rank:
             self._next[ticket.client] = ticket.turn + 1.0 / ticket.weight
             if len(self._next) > 2 * self.waiting + FORGOTTEN_CLIENTS:
                 self._next = {client: turn for client, turn in self._next.items() if turn > self.now}
+        else:  # it has had its turn, which the end of a queue may have made a late one
+            ticket.turn = min(ticket.turn, self.now)
         self.waiting += 1
         heapq.heappush(self._by_age, (ticket.key, ticket.turn, number, waiter))
         heapq.heappush(self._by_turn, (ticket.turn, ticket.key, number, waiter))
@@ -201,6 +209,10 @@ class Scheduler:
 
     backend: Backend | None = None
     _free: list[Slot] = attrs.field(factory=list)
+    _aside: list[Slot] = attrs.field(factory=list)
+    """Slots that are free, and kept so for who is to be alone."""
+    _alone: Lease | None = None
+    """Of who is."""
     _ranks: dict[Priority, _Rank] = attrs.field(factory=lambda: {priority: _Rank() for priority in Priority})
     _order: "itertools.count[int]" = attrs.field(factory=itertools.count)
     waiting: int = 0
@@ -220,7 +232,7 @@ class Scheduler:
             waiting=self.waiting,
             waiting_by_priority=(high, normal, low),
             active=self.active,
-            free=len(self._free),
+            free=len(self._free) + len(self._aside),
         )
 
     def first_key(self) -> float | None:
@@ -235,7 +247,7 @@ class Scheduler:
         *Cancellation.* Leaves nothing behind. A free slot is taken without a checkpoint. A waiter that was given a slot
         and is cancelled before it runs has it still: it ends at its next await.
         """
-        if self._free:  # and so nobody waits
+        if self._free and (not ticket.alone or not self._busy):  # and so nobody waits
             return self._grant(ticket, self._free.pop())
         # while no backend is open its slots are still to come: those who will get them do not wait for each other
         room = self.max_waiting + (self.slots if self.backend is None else 0)
@@ -250,6 +262,7 @@ class Scheduler:
         self.changed()
         if self.backend is None:
             self.demand()
+        self._set_aside()
         with trio.CancelScope(deadline=ticket.deadline):
             lease: Lease = await trio.lowlevel.wait_task_rescheduled(waiter.abort)
             return lease
@@ -274,19 +287,23 @@ class Scheduler:
         self.changed()
         if self.backend is None:
             self.demand()
+        elif self._aside and self._alone is None:
+            self._take_back()
+            self._dispatch()
 
     # --- backends ---------------------------------------------------------------------------------
 
     def open(self, backend: Backend) -> None:
         """`backend` is ready: lease its slots."""
+        self.close()
         self.backend = backend
         self._free = list(reversed(backend.slots))
         self._dispatch()
 
     def close(self) -> None:
         """The backend is going: no new lease. Leases that are out stay so until they are released."""
-        self.backend = None
-        self._free = []
+        self.backend = self._alone = None
+        self._free, self._aside = [], []
 
     def refuse(self, error: RouterError) -> None:
         """Tell everyone who waits `error`."""
@@ -294,6 +311,8 @@ class Scheduler:
             for waiter in rank.all():
                 self._dequeue(waiter)
                 trio.lowlevel.reschedule(waiter.task, outcome.Error(error.again()))
+        if self._alone is None:
+            self._take_back()
         self.changed()
 
     async def until_no_lease(self) -> None:
@@ -309,13 +328,33 @@ class Scheduler:
         self.active += 1
         ticket.granted_at = trio.current_time()
         self.changed()
-        return Lease(slot, self)
+        lease = Lease(slot, self)
+        if ticket.alone:
+            self._alone = lease
+            self._set_aside()
+        return lease
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a lease on the backend at hand is out."""
+        return self.backend is not None and len(self._free) + len(self._aside) < len(self.backend.slots)
+
+    def _set_aside(self) -> None:
+        self._aside += self._free
+        self._free = []
+
+    def _take_back(self) -> None:
+        self._free += self._aside
+        self._aside = []
 
     def _released(self, lease: Lease) -> None:
         self.active -= 1
         self.changed()
         if lease.slot.backend is self.backend:
             self._free.append(lease.slot)
+            if self._aside:
+                self._alone = None
+                self._take_back()
             self._dispatch()
         if not self.active and self._idle is not None:
             self._idle.set()
@@ -328,6 +367,9 @@ class Scheduler:
         while self._free and self.waiting:
             rank = min(self._ranks.values(), key=_Rank.key)
             waiter = rank.next()
+            if waiter.ticket.alone and self._busy:
+                self._set_aside()
+                return
             rank.now = max(rank.now, waiter.ticket.turn)
             self._dequeue(waiter)
             trio.lowlevel.reschedule(waiter.task, outcome.Value(self._grant(waiter.ticket, self._free.pop())))
