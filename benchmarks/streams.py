@@ -60,11 +60,11 @@ def paced(report: Report, peer: Peer, streams: int, seconds: float) -> Paced:
 
 def all_paced(report: Report, peers: list[Peer]) -> None:
     quick = report.options.quick
-    seconds = 4.0 if quick else 8.0
+    seconds = 4.0 if quick else 6.0
     table = []
     runs: dict[tuple[str, int], list[Paced]] = {}
     for streams in (64, 256, MANY):
-        for turn in range(2 if quick else 5):
+        for turn in range(2 if quick else 3):
             for peer in peers if turn % 2 == 0 else peers[::-1]:
                 run = in_quiet(partial(paced, report, peer, streams, seconds), report.options.patience_seconds)
                 runs.setdefault((peer.name, streams), []).append(run)
@@ -129,11 +129,11 @@ def full_speed(report: Report, peers: list[Peer]) -> None:
     table = []
     for streams in (16, 256):
         found: dict[str, list[tuple[float, float, float]]] = {}
-        for turn in range(3 if quick else 7):
+        for turn in range(3 if quick else 5):
             for peer in peers if turn % 2 == 0 else peers[::-1]:
                 load = Load(
                     mode="streams", target=peer.target, connections=streams, loop=True,
-                    seconds=1.0 if quick else 3.0, warmup=0.3,
+                    seconds=1.0 if quick else 2.0, warmup=0.3,
                     body={"model": MODEL, "stream": True, "mock_rate": 0, "mock_chunks": 2000},
                 )  # fmt: skip
                 run = load.run_in_quiet(report.options.cores, peer.pids, report.options.patience_seconds)
