@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from itertools import count
@@ -61,6 +61,7 @@ class _Starter:
         models: dict[str, Any] | None = None,
         system: dict[str, Any] | None = None,
         api: dict[str, Any] | None = None,
+        keys: Sequence[dict[str, Any]] = (),
         environment: dict[str, str] | None = None,
         arguments: tuple[str, ...] = (),
         **more_models: Any,
@@ -72,7 +73,7 @@ class _Starter:
         system = {"llama_server_path": self.server, "gpu_devices": [], **(system or {})}
         router = RouterProcess(
             self.folder / f"router-{next(self.numbers)}",
-            router_toml(models=tables, system=system, api=api),
+            router_toml(models=tables, system=system, api=api, keys=keys),
             environment=environment,
             arguments=arguments,
         )

@@ -176,6 +176,12 @@ class UnknownPath(RouterError):
     code = "not_found"
 
 
+class ModelNotLoaded(InvalidRequest):
+    """Raised when a request for a model that is not loaded says that it must not be loaded for it."""
+
+    code = "model_not_loaded"
+
+
 class UnknownModel(RouterError):
     """Raised when no model of router.toml has the name."""
 

@@ -1,7 +1,7 @@
 """Writes a router.toml."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ def _value(value: Any) -> str:
     raise TypeError(f"not for TOML here: {value!r}")
 
 
-def router_toml(*, models: Mapping[str, Table], system: Table | None = None, api: Table | None = None) -> str:
+def router_toml(
+    *,
+    models: Mapping[str, Table],
+    system: Table | None = None,
+    api: Table | None = None,
+    keys: Sequence[Table] = (),
+) -> str:
     """The file's text."""
     tables = {"api": api or {}, "system": system or {}}
     tables |= {f"models.{json.dumps(alias)}": model for alias, model in models.items()}
@@ -29,4 +35,7 @@ def router_toml(*, models: Mapping[str, Table], system: Table | None = None, api
     for name, table in tables.items():
         lines.append(f"[{name}]")
         lines += [f"{key} = {_value(value)}" for key, value in table.items()]
+    for key in keys:
+        lines.append("[[keys]]")
+        lines += [f"{name} = {_value(value)}" for name, value in key.items()]
     return "\n".join([*lines, ""])

@@ -4,7 +4,8 @@ One client per incarnation, closed with it. `trust_env=False`, or `HTTP_PROXY` w
 address; `verify=False`, because making a TLS context we never use takes 100 ms.
 """
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ import trio
 from trio_router.backend.address import Address
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
+MAX_PASSED_BYTES = 64 * 1024 * 1024
 TIMEOUT = httpx.Timeout(5.0)
 
 
@@ -53,34 +55,52 @@ class BackendClient:
         if answer.status_code != 200:
             raise NoAnswer(f"{path} answered {answer.status_code}")
         try:
-            found = answer.json()
+            found = json.loads(answer.content)
         except (ValueError, RecursionError) as error:
             raise NoAnswer(f"{path} answered something that is not JSON") from error
         if not isinstance(found, dict):
             raise NoAnswer(f"{path} answered something that is not a JSON object")
         return found
 
-    async def _get(self, path: str) -> httpx.Response:
+    async def passed_on(self, method: str, target: str, headers: dict[str, str], body: bytes) -> "Answered":
+        """What it answers to somebody else's question, its bytes as they came. Raises NoAnswer."""
+        return await self._ask(method, target, headers, body, MAX_PASSED_BYTES)
+
+    async def _get(self, path: str) -> "Answered":
+        return await self._ask("GET", path, {}, b"", MAX_ANSWER_BYTES)
+
+    async def _ask(self, method: str, path: str, sent: dict[str, str], content: bytes, most: int) -> "Answered":
         body = bytearray()
         try:
             # a bound on the whole, beside httpx's own on each read: one byte a second would satisfy those
             with trio.move_on_after(TIMEOUT.read or 5.0) as patience:
-                async with self._http.stream("GET", path) as answer:
+                async with self._http.stream(method, path, headers=sent, content=content) as answer:
                     async for piece in answer.aiter_raw():
                         body += piece
-                        if len(body) > MAX_ANSWER_BYTES:
+                        if len(body) > most:
                             patience.cancel()  # raising here would leave httpx's generators to the garbage collector
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed with its incarnation meanwhile
             raise NoAnswer(f"{path}: {type(error).__name__} {error}".rstrip()) from error
-        if len(body) > MAX_ANSWER_BYTES:
-            raise NoAnswer(f"{path} answered more than {MAX_ANSWER_BYTES} bytes")
+        if len(body) > most:
+            raise NoAnswer(f"{path} answered more than {most} bytes")
         if patience.cancelled_caught:
             raise NoAnswer(f"{path} did not answer within {TIMEOUT.read:g} s")
-        return httpx.Response(answer.status_code, headers=_content_type(answer), content=bytes(body))
+        return Answered(answer.status_code, answer.headers, bytes(body))
 
 
-def _content_type(answer: httpx.Response) -> dict[str, str]:
-    return {"content-type": answer.headers.get("content-type", "application/octet-stream")}
+@attrs.frozen
+class Answered:
+    """An answer, its content as it came: compressed, if its headers say so."""
+
+    status_code: int
+    headers: Mapping[str, str]
+    """By name, whatever its case."""
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        """The content of an answer that is not compressed."""
+        return self.content.decode("utf-8", "replace")
 
 
 @asynccontextmanager

@@ -53,6 +53,8 @@ def load_config(path: Path, environ: Mapping[str, str]) -> RouterConfig:
     models = {alias: report.model(alias, table, base, parallel) for alias, table in tables.items()}
     if "preload_models" in system:
         system["preload_models"] = report.preload(system["preload_models"], tables)
+    if system.get("default_model") is not None:
+        report.named(("system", "default_model"), system["default_model"], tables)
     keys = report.keys(document.get("keys", []), tables, api.get("key"))
 
     report.problems.sort(key=lambda problem: (problem.line is None, problem.line))

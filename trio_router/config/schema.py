@@ -93,6 +93,8 @@ class SystemConfig:
     max_retries: int = attrs.field(default=2, validator=Within(minimum=0))
     """How often a request whose backend died before its first byte is queued again."""
     backend_transport: BackendTransport = BackendTransport.UNIX
+    default_model: str | None = None
+    """Answers requests that name no model of ours, or none; None: those are errors."""
 
 
 @attrs.frozen(kw_only=True)

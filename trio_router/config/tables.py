@@ -104,12 +104,17 @@ class Report:
             return None
         return ModelConfig(alias=alias, file=file, slots=slots or parallel, **values)
 
+    def named(self, key: KeyPath, alias: str, models: Collection[str]) -> None:
+        """A key whose value must be a model's alias."""
+        if alias not in models:
+            close = difflib.get_close_matches(alias, models, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(models) or 'none'}"
+            self.add(key, f"no model {alias!r}; {hint}")
+
     def preload(self, written: tuple[str, ...], models: Collection[str]) -> tuple[str, ...]:
         for index, alias in enumerate(written):
-            if alias != "*" and alias not in models:
-                close = difflib.get_close_matches(alias, models, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(models) or 'none'}"
-                self.add(("system", "preload_models", index), f"no model {alias!r}; {hint}")
+            if alias != "*":
+                self.named(("system", "preload_models", index), alias, models)
         return tuple(models) if "*" in written else tuple(dict.fromkeys(written))
 
     def keys(self, written: object, models: Collection[str], environment_key: str | None) -> tuple[KeyConfig, ...]:

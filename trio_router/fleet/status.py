@@ -1,6 +1,7 @@
 """What users see of a model: the contract's objects, made from what is true now."""
 
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,8 +36,24 @@ def listed(model: Model) -> dict[str, Any]:
         "created": model.created,
         "owned_by": "user",
         "n_ctx": model.supervisor.context,
-        "status": {"value": LISTED[model.state]},
+        "path": str(model.config.file),
+        "aliases": [],
+        "architecture": {"input_modalities": _reads(model.config.flags), "output_modalities": ["text"]},
+        "status": _listed_status(model),
     }
+
+
+def _reads(flags: Sequence[str]) -> list[str]:
+    projector = any(flag.partition("=")[0] in {"--mmproj", "-mm", "--mmproj-url", "-mmu"} for flag in flags)
+    return ["text", "image"] if projector else ["text"]
+
+
+def _listed_status(model: Model) -> dict[str, Any]:
+    """As llama-server's router has it; what failed says so besides."""
+    told: dict[str, Any] = {"value": LISTED[model.state], "args": ["llama-server", *model.config.flags]}
+    if model.state is State.FAILED:
+        told |= {"failed": True, "exit_code": 1}
+    return told
 
 
 def status(model: Model) -> dict[str, Any]:

@@ -44,6 +44,8 @@ INFERENCE_PATHS: Final = frozenset(
 OPEN_PATHS: Final = frozenset({"/", "/ui", "/health", "/v1/health", "/livez", "/readyz"})
 """Answered without a key: a probe has none, nor has a browser before it has the page that asks for one."""
 OPEN_PREFIX: Final = "/ui/"
+UPSTREAM: Final = "/upstream/"
+"""What follows is a model's own llama-server."""
 
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -192,9 +194,14 @@ class Admission:
         raise InvalidApiKey(f"{what} was sent; send it as `Authorization: Bearer KEY` or `X-Api-Key: KEY`")
 
 
+_INFERENCE_ENDS: Final = tuple(INFERENCE_PATHS)
+
+
 def changes_state(method: str, path: str) -> bool:
     """Whether a request is an operator's: it does more than to read, or to ask a model."""
-    return method not in SAFE_METHODS and path.rstrip("/") not in INFERENCE_PATHS
+    if method in SAFE_METHODS or path.rstrip("/") in INFERENCE_PATHS:
+        return False
+    return not (path.startswith(UPSTREAM) and path.endswith(_INFERENCE_ENDS))
 
 
 def _bearer(authorization: str | None) -> str | None:

@@ -35,7 +35,7 @@ from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
-from trio_router.web import logs, models, monitoring, openapi, reload, ui
+from trio_router.web import llama_router, logs, models, monitoring, openapi, reload, ui
 from trio_router.web.admission import INFERENCE_PATHS, Admission, changes_state, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
@@ -120,7 +120,8 @@ def create_app(
     app.url_map.merge_slashes = False
     _add_admission(app, admission, registry, events)
     _add_errors(app, events)
-    _add_inference(app, registry, events)
+    infer = _add_inference(app, registry, events)
+    llama_router.add_routes(app, registry, events, infer)
     models.add_routes(app, registry)
     monitoring.add_routes(app, registry, devices, metrics, summary)
     add_streams(app, streams)
@@ -205,12 +206,11 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
         return error_response(InternalError("an internal error; the router's log says more"))
 
 
-def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> None:
-    """The paths that are answered by a llama-server."""
+def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> llama_router.Infer:
+    """The paths that are answered by a llama-server; returns what answers the request at hand."""
 
-    async def inference() -> Response:
+    async def infer(alias: str | None, path: str) -> Response:
         headers = cast("Headers", list(request.scope["headers"]))
-        path = str(request.url_rule)  # as llama-server has it, without the slash that some add at its end
         exchange = Exchange(
             registry=registry,
             events=events,
@@ -219,6 +219,7 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> None:
             client=(request.scope.get("client") or [""])[0],
             request_id=g.request_id,
             arrived_at=g.arrived_at,
+            alias=alias,
         )
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
         g.exchange = True  # from here on it is the exchange that tells what became of the request
@@ -228,8 +229,12 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> None:
         response.timeout = None
         return _with(response, answer.headers())
 
+    async def inference() -> Response:
+        return await infer(None, str(request.url_rule))  # as llama-server has it, without a slash at its end
+
     for path in sorted(INFERENCE_PATHS):
         app.add_url_rule(path, f"inference {path}", inference, methods=["POST"])
+    return infer
 
 
 def origin_form(path: bytes) -> bytes:

@@ -4,6 +4,7 @@
 and returns an `Answer` that has begun; leaving it gives the slot back, and tells what became of the request.
 """
 
+import re
 import time
 from types import TracebackType
 
@@ -11,7 +12,7 @@ import attrs
 import trio
 
 from trio_router.backend.connection import Headers
-from trio_router.errors import RouterError, TimedOut
+from trio_router.errors import MissingModel, ModelNotLoaded, RouterError, TimedOut
 from trio_router.fleet.dispatch import dispatch
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.scheduler import Priority, Ticket
@@ -21,6 +22,7 @@ from trio_router.web.admission import check_encoding, priority, read_wish
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
 
+AUTOLOAD_OFF = re.compile(r"[?&]autoload=(?:false|0)(?:&|$)")
 INTERNAL_ERROR = 500
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before it was answered; nobody sees it but logs and metrics."""
@@ -36,6 +38,8 @@ class Asked:
     holder: Holder | None = None
     """Whose key it came with; None where none is needed."""
     priority: Priority = Priority.NORMAL
+    autoload: bool = True
+    """Whether a model may be loaded for it: llama-server's router takes `?autoload=false`."""
     problem: RouterError | None = None
     """Why a request with this head cannot be answered, whatever its body is."""
 
@@ -47,6 +51,7 @@ class Asked:
         """
         asked = cls(path=path, start=request_start(target, headers), holder=holder)
         fields = first_values(headers)
+        asked.autoload = "autoload=" not in target or AUTOLOAD_OFF.search(target) is None
         try:
             check_encoding(_text(fields.get(b"content-encoding")))
             asked.priority = priority(_text(fields.get(b"x-request-priority")))
@@ -77,6 +82,8 @@ class Exchange:
     request_id: str
     arrived_at: float
     """Trio time."""
+    alias: str | None = None
+    """The model, if not the body says it."""
     _answer: Answer | None = None
     _ticket: Ticket | None = None
     _entered: bool = False
@@ -119,7 +126,9 @@ class Exchange:
         asked = self.asked
         if asked.problem is not None:
             raise asked.problem.again()
-        self._ticket = ticket = self.registry.ticket(read_wish(self.body).model, asked.priority, self.client)
+        self._ticket = ticket = self.registry.ticket(self.alias or self._wanted(), asked.priority, self.client)
+        if not asked.autoload and self.registry.models[ticket.alias].supervisor.backend is None:
+            raise ModelNotLoaded(f"model {ticket.alias!r} is not loaded, and autoload=false", param="model")
         if asked.holder is not None:
             allowed = asked.holder.enter(ticket.alias, ticket.priority)
             self._entered = True
@@ -127,6 +136,17 @@ class Exchange:
         outgoing = Outgoing(asked.start, self.body, self.request_id)
         lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
         return Answer(asked.path, lease, opened, (ticket.granted_at or 0.0) - self.arrived_at)
+
+    def _wanted(self) -> str:
+        """The model that the body names; the default one where that is to answer for others. Raises MissingModel."""
+        default = self.registry.config.system.default_model
+        if default is None:
+            return read_wish(self.body).model
+        try:
+            alias = read_wish(self.body).model
+        except MissingModel:
+            return default
+        return alias if alias in self.registry.models else default
 
     def _ended(self, error: BaseException | None) -> None:
         """Say, once, that it is over; what became of it is told by `_tell` when nobody waits for us."""

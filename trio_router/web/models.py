@@ -13,7 +13,7 @@ from trio_router.web.body import read_object
 from trio_router.web.responses import json_response
 
 
-async def _named_model() -> str:
+async def named_model() -> str:
     """`model` of the body. Raises MissingModel, InvalidJSON."""
     body = await read_object(request)
     model = body.get("model")
@@ -22,7 +22,8 @@ async def _named_model() -> str:
     return model
 
 
-def _truth(value: str | None, *, default: bool) -> bool:
+def truth(value: str | None, *, default: bool) -> bool:
+    """What a query's value says."""
     return default if value is None else value.strip().lower() not in {"0", "false", "no", "off"}
 
 
@@ -64,8 +65,8 @@ def add_routes(app: QuartTrio, registry: Registry) -> None:
 
     @app.post("/v1/models/load")
     async def load() -> Response:
-        alias = await _named_model()
-        if not _truth(request.args.get("wait"), default=True):
+        alias = await named_model()
+        if not truth(request.args.get("wait"), default=True):
             model = registry.load_soon(alias)
             ready = model.state is State.READY and model.retiring is None
             message = f"model {alias!r} is {'ready' if ready else 'being loaded'}"
@@ -82,8 +83,8 @@ def add_routes(app: QuartTrio, registry: Registry) -> None:
 
     @app.post("/v1/models/eject")
     async def eject() -> Response:
-        alias = await _named_model()
-        if await registry.eject(alias, force=_truth(request.args.get("force"), default=False)):
+        alias = await named_model()
+        if await registry.eject(alias, force=truth(request.args.get("force"), default=False)):
             return json_response(
                 {"status": "success", "model_ejected": alias, "message": f"model {alias!r} was unloaded"}
             )

@@ -167,6 +167,7 @@ def _inference(path: str) -> Endpoint:
 
 
 _STATUS = _object(server=OBJECT, models={"type": "object", "additionalProperties": _ref("ModelStatus")}, summary=OBJECT)
+_MODELS = _object(object={"const": "list"}, data={"type": "array", "items": _ref("Model")})
 _DONE = _object(status={"enum": ["success", "not_found"]}, message=STRING)
 _HEALTH = _object(status={"enum": ["ok", "degraded"]}, checks=OBJECT, version=STRING, uptime_seconds=NUMBER)
 
@@ -175,7 +176,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     _get(
         "/v1/models",
         "The models there are.",
-        _object(object={"const": "list"}, data={"type": "array", "items": _ref("Model")}),
+        _MODELS,
         tag="models",
     ),
     _get("/v1/models/{alias}", "One model.", _ref("Model"), tag="models", errors=(404,), parameters=(ALIAS,)),
@@ -251,6 +252,47 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         summary="Read router.toml again: refused whole if wrong; only models whose settings changed are restarted.",
         tag="configuration",
         answers={200: (JSON, _object(status=STRING, changed=STRINGS, after_restart=STRINGS, models=OBJECT))},
+    ),
+    _get("/models", "The models there are, as llama-server's router tells.", _MODELS, tag="llama-server's router"),
+    Endpoint(
+        method="post",
+        path="/models/load",
+        summary="Load a model; answers at once.",
+        tag="llama-server's router",
+        answers={200: (JSON, _object(success={"const": True}))},
+        errors=(404, 408, 413, 503),
+        body="NamedModel",
+    ),
+    Endpoint(
+        method="post",
+        path="/models/unload",
+        summary="Unload a model, after its running requests.",
+        tag="llama-server's router",
+        answers={200: (JSON, _object(success={"const": True}))},
+        errors=(404, 408, 413),
+        body="NamedModel",
+    ),
+    _get(
+        "/models/sse",
+        "Every change of a model's status: model_status, models_reload.",
+        tag="llama-server's router",
+        answers={200: (EVENTS, ANY)},
+        parameters=(LAST_EVENT,),
+    ),
+    *(
+        _get(
+            path,
+            f"A model's own {path}; it is loaded for it unless autoload is false.",
+            tag="llama-server's router",
+            answers={200: (JSON, ANY)},
+            errors=(400, 404, 501, 503, 504),
+            parameters=(
+                _parameter("model", "query", STRING, "Its alias."),
+                _parameter("autoload", "query", SWITCH, "false: an error if it is not loaded."),
+            ),
+            error=_object(error=OBJECT),
+        )
+        for path in ("/props", "/slots", "/lora-adapters")
     ),
     _get("/health", "Is the router well?", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
     _get("/livez", "Is it alive?", _object(status=STRING)),

@@ -1,0 +1,119 @@
+"""The paths of llama-server's own router mode."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import StartRouter
+from tests.harness.processes import wait_until
+from tests.harness.router import RouterProcess, chat_body
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def router(start_router: StartRouter) -> RouterProcess:
+    return start_router(
+        models={"one": ["-np", "2"], "org/two": [], "broken": ["--fake-exit-at-start", "3"], "sees": ["--mmproj", "x"]},
+        system={"max_load_attempts": 1},
+    )
+
+
+def values(router: RouterProcess) -> dict[str, str]:
+    return {each["id"]: each["status"]["value"] for each in router.get("/models").json()["data"]}
+
+
+def test_load_and_unload(router: RouterProcess) -> None:
+    assert set(values(router).values()) == {"unloaded"}
+    assert router.post("/models/load", {"model": "org/two"}).json() == {"success": True}
+    wait_until(lambda: values(router)["org/two"] == "loaded")
+    assert router.post("/models/unload", {"model": "org/two"}).json() == {"success": True}
+    assert values(router)["org/two"] == "unloaded"
+    assert router.post("/models/load", {"model": "none"}).status_code == 404
+    entry = next(each for each in router.get("/models").json()["data"] if each["id"] == "sees")
+    assert entry["architecture"] == {"input_modalities": ["text", "image"], "output_modalities": ["text"]}
+    assert entry["status"]["args"] == ["llama-server", "--mmproj", "x"]
+
+
+def test_what_failed_says_so(router: RouterProcess) -> None:
+    router.post("/models/load", {"model": "broken"})
+    wait_until(lambda: values(router)["broken"] == "failed")
+    entry = next(each for each in router.get("/models").json()["data"] if each["id"] == "broken")
+    assert entry["status"]["failed"] is True
+
+
+def test_events(router: RouterProcess) -> None:
+    seen: list[dict[str, Any]] = []
+    with httpx.stream("GET", f"{router.url}/models/sse", timeout=10) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = answer.iter_lines()
+        for line in lines:
+            if line.startswith("data: "):
+                seen.append(json.loads(line.removeprefix("data: ")))
+                if len(seen) == 1:
+                    router.post("/models/load", {"model": "one"})
+                if seen[-1].get("data") == {"status": "loaded"}:
+                    break
+    assert seen[0] == {"model": "*", "event": "models_reload"}
+    assert [each["data"]["status"] for each in seen[1:]] == ["loading", "loading", "loaded"]
+    assert {(each["model"], each["event"]) for each in seen[1:]} == {("one", "model_status")}
+
+
+def test_what_belongs_to_one_model(router: RouterProcess) -> None:
+    assert router.get("/props").json()["role"] == "router"
+    refused = router.get("/props?model=one&autoload=false")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_loaded")
+    assert values(router)["one"] == "unloaded"
+    props = router.get("/props?model=one").json()
+    assert props["total_slots"] == 2
+    assert router.get("/props?model=one&autoload=false").status_code == 200
+    assert router.get("/slots").status_code == 404
+    assert router.get("/slots?model=none").json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Expect": "100-continue"}])
+def test_a_model_that_may_not_be_loaded(router: RouterProcess, headers: dict[str, str]) -> None:
+    def ask(query: str) -> httpx.Response:
+        return httpx.post(f"{router.url}/v1/chat/completions{query}", json=chat_body("one"), headers=headers)
+
+    refused = ask("?autoload=false")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_not_loaded")
+    assert ask("?autoload=true").status_code == 200
+    assert ask("?autoload=false").status_code == 200
+
+
+def test_upstream_is_the_llama_server_itself(router: RouterProcess) -> None:
+    moved = httpx.get(f"{router.url}/upstream/org/two")
+    assert (moved.status_code, moved.headers["location"]) == (302, "/upstream/org/two/")
+    assert router.get("/upstream/org/two/health").json() == {"status": "ok"}
+    assert router.get("/upstream/org/two/nothing").status_code == 404
+    assert router.get("/upstream/none/health").json()["error"]["code"] == "model_not_found"
+    body = chat_body("whatever the page says")
+    answer = router.post("/upstream/org/two/v1/chat/completions", body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-queue-time-ms"]
+    stats = router.get("/v1/queue/stats").json()["per_model"]["org/two"]
+    assert stats["total_requests"] == 1
+
+
+def test_upstream_needs_an_admin_for_what_computes_nothing(start_router: StartRouter) -> None:
+    router = start_router(models={"one": []}, keys=[{"name": "app", "key": "sk-app"}])
+    bearer = {"Authorization": "Bearer sk-app"}
+    assert httpx.post(f"{router.url}/upstream/one/slots/0", json={}, headers=bearer).status_code == 403
+    assert httpx.post(
+        f"{router.url}/upstream/one/v1/chat/completions", json=chat_body("one"), headers=bearer
+    ).is_success
+    assert httpx.post(f"{router.url}/models/unload", json={"model": "one"}, headers=bearer).status_code == 403
+    assert httpx.get(f"{router.url}/upstream/one/health").status_code == 401
+
+
+@pytest.mark.parametrize("headers", [{}, {"Expect": "100-continue"}])
+@pytest.mark.parametrize("changed", [{"model": "gpt-4o"}, {"model": None}])
+def test_a_default_model(start_router: StartRouter, changed: dict[str, Any], headers: dict[str, str]) -> None:
+    router = start_router(models={"one": [], "two": []}, system={"default_model": "two"})
+    body = {name: value for name, value in {**chat_body("one"), **changed}.items() if value is not None}
+    answer = httpx.post(f"{router.url}/v1/chat/completions", json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert (values(router)["one"], values(router)["two"]) == ("unloaded", "loaded")

@@ -1,0 +1,172 @@
+"""The paths of llama-server's own router mode, so that programs written for it show and steer our models.
+
+Source: "Using multiple models" in llama.cpp's tools/server/README.md. What belongs to one model (`/props`, `/slots`,
+`/lora-adapters`, each with `?model=`) is answered by its llama-server, which is loaded for it unless `?autoload=false`.
+`/upstream/{alias}/...` is that llama-server itself, its own chat page included; what is asked of it there to compute
+waits for a slot like everything else.
+"""
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+import attrs
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.utils import redirect
+from werkzeug.wrappers import Response as WerkzeugResponse
+
+from trio_router import __version__
+from trio_router.backend.client import BackendClient, NoAnswer
+from trio_router.errors import BackendUnavailable, ModelNotLoaded
+from trio_router.fleet.model import Model
+from trio_router.fleet.registry import Registry
+from trio_router.fleet.status import LISTED, listed
+from trio_router.telemetry.events import Event, Events, ModelChanged, Reloaded
+from trio_router.web.admission import INFERENCE_PATHS, UPSTREAM
+from trio_router.web.body import read_body
+from trio_router.web.models import named_model, truth
+from trio_router.web.responses import json_response
+from trio_router.web.sse import Hub, stream_response
+
+OF_ONE_MODEL: Final = ("/slots", "/lora-adapters")
+PASSED_HEADERS: Final = ("content-type", "content-encoding", "cache-control", "etag", "location")
+Infer = Callable[[str, str], Any]
+"""Answers the request at hand by a model (its alias), at a path."""
+
+
+@attrs.define(eq=False)
+class ModelEvents:
+    """What `/models/sse` tells. A sink."""
+
+    hub: Hub
+    _registry: Registry
+
+    @classmethod
+    def of(cls, registry: Registry, events: Events) -> "ModelEvents":
+        """Told of what happens from now on."""
+        told = cls(Hub(opening=lambda: ("message", {"model": "*", "event": "models_reload"})), registry)
+        events.sinks.append(told.hear)
+        return told
+
+    def hear(self, event: Event) -> None:
+        """A sink: publish what concerns who watches."""
+        match event:
+            case ModelChanged(alias=alias) if alias in self._registry.models:
+                data = {"status": LISTED[self._registry.models[alias].state]}
+                self.hub.publish("message", {"model": alias, "event": "model_status", "data": data})
+            case Reloaded():
+                self.hub.publish("message", {"model": "*", "event": "models_reload"})
+            case _:
+                pass
+        if self._registry.draining:
+            self.hub.close()
+
+
+def router_props(registry: Registry) -> dict[str, Any]:
+    """GET /props without a model: llama-server's router says as much."""
+    return {
+        "role": "router",
+        "max_instances": registry.config.system.max_concurrent_models,
+        "models_autoload": True,
+        "model_alias": "trio-router",
+        "model_path": "none",
+        "default_generation_settings": {"params": {}, "n_ctx": 0},
+        "total_slots": sum(model.config.slots for model in registry.models.values()),
+        "build_info": f"trio-router {__version__}",
+    }
+
+
+async def loaded(registry: Registry, alias: str) -> BackendClient:
+    """Who to ask about the model; it is loaded first, unless the request says not to. Raises ModelNotLoaded."""
+    model = registry.model(alias)
+    if model.supervisor.backend is None and not truth(request.args.get("autoload"), default=True):
+        raise ModelNotLoaded(f"model {model.alias!r} is not loaded, and autoload=false", param="model")
+    model = await registry.load(alias)
+    backend = model.supervisor.backend
+    if backend is None:
+        raise BackendUnavailable(f"model {model.alias!r} was unloaded meanwhile", param="model")
+    client: BackendClient = backend.client
+    return client
+
+
+async def passed_on(client: BackendClient, path: str, body: bytes = b"") -> Response:
+    """The answer of a llama-server to the request at hand, asked at `path`."""
+    query = request.query_string.decode("latin-1")
+    headers = {
+        name: request.headers[name] for name in ("Accept", "Accept-Encoding", "Content-Type") if name in request.headers
+    }
+    try:
+        answer = await client.passed_on(request.method, f"{path}?{query}" if query else path, headers, body)
+    except NoAnswer as error:
+        raise BackendUnavailable(f"its llama-server did not answer: {error}", param="model") from error
+    response = Response(answer.content, answer.status_code)
+    del response.headers["content-type"]
+    for name in PASSED_HEADERS:
+        if name in answer.headers:
+            response.headers[name] = answer.headers[name]
+    return response
+
+
+def split(registry: Registry, target: str) -> tuple[Model, str]:
+    """The model that a path below `/upstream/` begins with, and the rest; an alias may hold slashes. Raises UnknownModel."""
+    aliases = [alias for alias in registry.models if target == alias or target.startswith(f"{alias}/")]
+    alias = max(aliases, key=len, default=target.partition("/")[0])
+    return registry.model(alias), target[len(alias) :]
+
+
+def add_routes(app: QuartTrio, registry: Registry, events: Events, infer: Infer) -> None:
+    """Add them to `app`."""
+    _add_all_models(app, registry, events)
+    _add_one_model(app, registry, infer)
+
+
+def _add_all_models(app: QuartTrio, registry: Registry, events: Events) -> None:
+    told = ModelEvents.of(registry, events)
+
+    @app.get("/models")
+    async def router_models() -> Response:
+        return json_response({"object": "list", "data": [listed(model) for model in registry.models.values()]})
+
+    @app.post("/models/load")
+    async def router_load() -> Response:
+        registry.load_soon(await named_model())
+        return json_response({"success": True})
+
+    @app.post("/models/unload")
+    async def router_unload() -> Response:
+        await registry.eject(await named_model())
+        return json_response({"success": True})
+
+    @app.get("/models/sse")
+    async def model_events() -> Response:
+        borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
+        reader = borrowed.enter_context(told.hub.reader(request.headers.get("Last-Event-ID")))
+        return stream_response(reader)
+
+
+def _add_one_model(app: QuartTrio, registry: Registry, infer: Infer) -> None:
+    @app.get("/props")
+    async def model_props() -> Response:
+        alias = request.args.get("model")
+        if alias is None:
+            return json_response(router_props(registry))
+        return await passed_on(await loaded(registry, alias), "/props")
+
+    async def of_one_model() -> Response:
+        return await passed_on(await loaded(registry, request.args.get("model", "")), request.path)
+
+    for path in OF_ONE_MODEL:
+        app.add_url_rule(path, f"of one model {path}", of_one_model, methods=["GET"])
+
+    async def upstream(target: str) -> Response | WerkzeugResponse:
+        model, path = split(registry, target)
+        if not path:
+            return redirect(f"{UPSTREAM}{model.alias}/")
+        if request.method == "POST" and path in INFERENCE_PATHS:
+            response: Response = await infer(model.alias, path)
+            return response
+        body = await read_body(request, registry.config.api.max_body_bytes)
+        return await passed_on(await loaded(registry, model.alias), path, body)
+
+    app.add_url_rule(f"{UPSTREAM}<path:target>", "upstream", upstream, methods=["GET", "POST"])
