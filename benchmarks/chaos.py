@@ -42,7 +42,7 @@ from trio_router.config import LlamaServer, find_llama_server
 ALIASES: Final = ("one", "two", "three")
 PATHS: Final = ("/v1/chat/completions", "/v1/completions")
 PROMPTS: Final = ("alpha", "bravo charlie", "delta echo foxtrot", "golf hotel india juliet kilo")
-LENGTHS: Final = (4, 24, 96)
+LENGTHS: Final = (4, 48, 256)
 """Tokens."""
 CLIENTS: Final = 12
 QUIET_PASSES: Final = 3
@@ -302,7 +302,7 @@ class Chaos:
         ]
         does, weights = zip(*faults, strict=True)
         while trio.current_time() < until:
-            await trio.sleep(random.uniform(0.2, 2.0))
+            await trio.sleep(random.uniform(0.1, 1.2))
             fault = random.choices(does, weights)[0]
             self.faults[fault.__name__.replace("_", " ")] += 1
             self.note(fault.__name__)

@@ -64,6 +64,7 @@ class _Starter:
         keys: Sequence[dict[str, Any]] = (),
         environment: dict[str, str] | None = None,
         arguments: tuple[str, ...] = (),
+        shell: str = 'exec "$@"',
         **more_models: Any,
     ) -> RouterProcess:
         tables = {
@@ -76,6 +77,7 @@ class _Starter:
             router_toml(models=tables, system=system, api=api, keys=keys),
             environment=environment,
             arguments=arguments,
+            shell=shell,
         )
         return self.stack.enter_context(router)
 

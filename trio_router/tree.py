@@ -20,10 +20,13 @@ Then the root is cancelled, connections are closed, and the supervisors end thei
 
 import gc
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from functools import partial
+from typing import TextIO, cast
 
 import structlog
 import trio
@@ -44,6 +47,7 @@ from trio_router.telemetry.events import Events, RequestSink
 from trio_router.telemetry.keys import KeyMetrics
 from trio_router.telemetry.logs import configure_logs, request_log
 from trio_router.telemetry.metrics import Metrics
+from trio_router.telemetry.output import Output
 from trio_router.telemetry.snapshot import metrics_snapshot
 from trio_router.telemetry.summary import Summary
 from trio_router.web.admission import INFERENCE_PATHS, Admission
@@ -72,15 +76,25 @@ def main(
 
     `read` reads the configuration once more, and raises ConfigError if it is wrong.
     """
-    configure_logs(log_format, log_level)
+    raise_file_limit()
+    out = cast("TextIO", Output.of(sys.stderr))
+    configure_logs(log_format, log_level, out)
     try:
         with private_folder() as folder, reaping() as reaper:
             transport = config.system.backend_transport
             launcher = Launcher(server=server, folder=folder, transport=transport, reaper=reaper)
-            return trio.run(serve, config, launcher, read, request_log(log_format, log_level))
+            return trio.run(serve, config, launcher, read, request_log(log_format, log_level, out))
     except OSError as error:
         print(f"trio-router: {error}", file=sys.stderr)  # noqa: T201  (the last word of a program)
         return 1
+
+
+def raise_file_limit() -> None:
+    """As many open files as we may have: the soft limit of 1,024 is for programs that use select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # macOS says unlimited, and takes less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def serve(
@@ -167,7 +181,7 @@ def announce(config: RouterConfig, port: int) -> None:
         log.warning(
             "anyone who reaches this address can use it: there is no API_KEY and no [[keys]]", host=config.api.host
         )
-    print(f"trio-router listens on http://{host}:{port}", flush=True)  # noqa: T201
+    Output.of(sys.stdout).write(f"trio-router listens on http://{host}:{port}\n")
 
 
 async def heed_signals(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +48,7 @@ class RouterProcess:
         *,
         environment: Mapping[str, str] | None = None,
         arguments: tuple[str, ...] = (),
+        shell: str = 'exec "$@"',
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -56,6 +57,8 @@ class RouterProcess:
         self.stderr_path = folder / "stderr.log"
         self.command = [sys.executable, "-m", "trio_router", "serve", "--config", str(self.config_path), "--port", "0"]
         self.command += arguments
+        if shell != 'exec "$@"':  # a limit, or another place for what it says
+            self.command = ["/bin/sh", "-c", shell, "sh", *self.command]
         self._run = uuid.uuid4().hex
         self.environment = clean_environment({**(environment or {}), MARK: self._run})
         self.may_log_traceback = False
@@ -63,6 +66,10 @@ class RouterProcess:
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped_by_test = False
+
+    def process_files(self) -> Iterator[Path]:
+        """What it has open."""
+        return Path(f"/proc/{self.process.pid}/fd").iterdir()
 
     # --- life ----------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """A line an event: readable, one line whatever a client sent, and nothing of local variables."""
 
 import json
+import sys
 
 import pytest
 import structlog
@@ -28,7 +29,7 @@ def test_what_a_client_sent_stays_one_value(hostile):
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_a_traceback_without_the_values_of_variables(log_format, capsys):
-    configure_logs(log_format, "info")
+    configure_logs(log_format, "info", sys.stderr)
     secret = "hunter" + "2"
     try:
         int(f"x{len(secret)}")
@@ -41,7 +42,7 @@ def test_a_traceback_without_the_values_of_variables(log_format, capsys):
 
 
 def test_json_is_one_object_a_line(capsys):
-    configure_logs("json", "info")
+    configure_logs("json", "info", sys.stderr)
     structlog.get_logger("test").info("request", id="a\nb", status=200)
     structlog.get_logger("test").debug("not told")
     (line,) = capsys.readouterr().err.splitlines()

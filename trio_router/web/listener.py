@@ -19,6 +19,7 @@ connection is accepted for `ACCEPT_PAUSE_SECONDS`, and then it is tried again.
 import contextlib
 import errno
 import logging
+import resource
 import socket
 from collections.abc import Sequence
 from typing import Any, Final
@@ -43,6 +44,8 @@ log = structlog.get_logger("trio_router.web")
 BACKLOG: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 GONE_SECONDS: Final = 0.1
+KEPT_FILES: Final = 1024
+"""For llama-servers, their pipes and slots, and for reading files; of few files half."""
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
@@ -146,6 +149,8 @@ class Connections:
     config: Config = attrs.field(factory=hypercorn_config)
     context: WorkerContext = attrs.field(factory=lambda: WorkerContext(None))
     open: set[ClientSocket | ClientStream] = attrs.field(factory=set)
+    most: int = attrs.field(factory=lambda: most_connections(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    """How many there may be at once; more wait to be accepted."""
 
     async def serve(self, sock: socket.socket) -> None:
         """One connection, from its first byte to its last. `sock` is non-blocking."""
@@ -261,17 +266,28 @@ async def serve_connections(
             sock.close()
 
 
+def most_connections(files: int) -> int:
+    """Of so many files that may be open, how many may be clients': to run a model takes some, and each slot one."""
+    return max(files // 2, files - KEPT_FILES)
+
+
 async def _accept(nursery: trio.Nursery, connections: Connections, listening: socket.socket) -> None:
+    short = False
     while True:
         try:
+            if len(connections.open) >= connections.most:
+                raise OSError(errno.EMFILE, "as many connections as there may be files, less those that models need")  # noqa: TRY301  (the same shortage)
             sock, _ = listening.accept()
         except BlockingIOError:
+            short = False
             await trio.lowlevel.wait_readable(listening)
         except OSError as error:
             if listening.fileno() < 0:
                 return
             if error.errno in OUT_OF_RESOURCES:
-                log.error("cannot accept", error=str(error), open=len(connections.open))  # noqa: TRY400
+                if not short:
+                    log.error("cannot accept", error=error.strerror, open=len(connections.open))  # noqa: TRY400
+                short = True
                 await trio.sleep(ACCEPT_PAUSE_SECONDS)
             # anything else is the fate of one connection that ended before we took it, accept(2)
         else:
