@@ -36,12 +36,15 @@ class Ways:
 
     bare: str
     router: str
+    stopping: str
+    """A router that has it say how far it is (`system.stop_at_once`)."""
 
     def ask(self, path: str, body: Any, *, raw: bytes | None = None) -> list[httpx.Response]:
-        """The answers of the bare server and of both ways."""
+        """The answers of the bare server and of both ways of both routers."""
         content = httpx.Request("POST", "http://x", json=body).content if raw is None else raw
         found = []
-        for base, headers in ((self.bare, {}), (self.router, {}), (self.router, QUART)):
+        ways = [(router, headers) for router in (self.router, self.stopping) for headers in ({}, QUART)]
+        for base, headers in ((self.bare, {}), *ways):
             with httpx.Client(trust_env=False, timeout=60) as client:
                 found.append(
                     client.post(base + path, content=content, headers={"Content-Type": "application/json", **headers})
@@ -63,6 +66,9 @@ def ways(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFacto
         (folder / "bare.log").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment) as bare,
         RouterProcess(folder, router_toml(models=models, system={"gpu_devices": []})) as router,
+        RouterProcess(
+            folder / "stopping", router_toml(models=models, system={"gpu_devices": [], "stop_at_once": True})
+        ) as stopping,
     ):
 
         def ready() -> bool:
@@ -73,12 +79,13 @@ def ways(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFacto
 
         try:
             wait_until(ready, timeout_seconds=60)
-            yield Ways(f"http://127.0.0.1:{port}", router.url)
+            yield Ways(f"http://127.0.0.1:{port}", router.url, stopping.url)
         finally:
             bare.terminate()
 
 
 PLAIN = {"model": "smollm2", "temperature": 0, "seed": 1, "cache_prompt": False}
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
 
 
@@ -91,6 +98,17 @@ MESSAGES = [{"role": "user", "content": "Name three colours."}]
             "/v1/chat/completions",
             {"messages": MESSAGES, "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}},
         ),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 3, "logprobs": True, "top_logprobs": 2}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 30, "stop": ["e", "\n"], "stream": False}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "grammar": r'root ::= "😀 \"ö\\" <b>\n"'}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "grammar": 'root ::= ""'}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, "stream_options": {"include_usage": False}}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, "n": 2}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, "tools": TOOLS}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, "tools": TOOLS, "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 5000}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 5000}], "stream": True}),
+        ("/v1/completions", {"prompt": ["Once", "Twice"], "max_tokens": 3, "logprobs": 1}),
         ("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 8}),
         ("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 8, "stream": True, "logprobs": 2}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 6}),
@@ -115,4 +133,5 @@ def test_the_same_bytes(ways: Ways, path: str, body: dict[str, Any]) -> None:
         assert passed == expected
         assert answer.headers["x-request-id"]
         assert int(answer.headers.get("content-length", len(answer.content))) == len(answer.content)
-    assert {name for name in ours[0].headers if name != "date"} == {name for name in ours[1].headers if name != "date"}
+    names = [{name for name in answer.headers if name != "date"} for answer in ours]
+    assert names == names[:1] * 4

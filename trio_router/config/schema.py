@@ -92,6 +92,8 @@ class SystemConfig:
     """A model that has been `failed` for this long is tried once more when it is asked for."""
     max_retries: int = attrs.field(default=2, validator=Within(minimum=0))
     """How often a request whose backend died before its first byte is queued again."""
+    stop_at_once: bool = False
+    """Have llama-server say how far it is, so that it stops at once when a client leaves."""
     backend_transport: BackendTransport = BackendTransport.UNIX
     default_model: str | None = None
     """Answers requests that name no model of ours, or none; None: those are errors."""

@@ -21,6 +21,7 @@ from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import check_encoding, priority, read_wish
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
+from trio_router.web.stoppable import Stoppable
 
 AUTOLOAD_OFF = re.compile(r"[?&]autoload=(?:false|0)(?:&|$)")
 INTERNAL_ERROR = 500
@@ -134,6 +135,8 @@ class Exchange:
             self._entered = True
             self._ticket = ticket = self.registry.ticket(ticket.alias, allowed, asked.holder.name, asked.holder.weight)
         outgoing = Outgoing(asked.start, self.body, self.request_id)
+        if self.registry.config.system.stop_at_once and self.alias is None:
+            outgoing.stoppable = self._stoppable()
         lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
         return Answer(asked.path, lease, opened, (ticket.granted_at or 0.0) - self.arrived_at)
 
@@ -147,6 +150,13 @@ class Exchange:
         except MissingModel:
             return default
         return alias if alias in self.registry.models else default
+
+    def _stoppable(self) -> Stoppable | None:
+        """What llama-server can be asked in its place, to stop when the client leaves."""
+        try:
+            return Stoppable.of(self.asked.path, self.body, stream=read_wish(self.body).stream)
+        except MissingModel:
+            return None
 
     def _ended(self, error: BaseException | None) -> None:
         """Say, once, that it is over; what became of it is told by `_tell` when nobody waits for us."""

@@ -10,6 +10,7 @@ from trio_router.backend.backend import Slot
 from trio_router.backend.connection import HOP_BY_HOP, AnswerHead, BackendLost, Connection, Headers
 from trio_router.errors import BackendTimeout, BackendUnavailable, RouterError
 from trio_router.fleet.scheduler import Lease
+from trio_router.web.stoppable import Stoppable
 
 NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"accept-encoding",  # llama-server does not compress; a body that passes unread must not be
@@ -34,6 +35,11 @@ TAIL_BYTES: Final = 2048
 MAX_PIECES: Final = 12
 
 EVENT_STREAM: Final = b"text/event-stream"
+
+
+def is_event_stream(head: AnswerHead) -> bool:
+    """Whether a stream of events follows."""
+    return (head.get(b"content-type") or b"").lower().startswith(EVENT_STREAM)
 
 
 def request_start(target: str, headers: Headers) -> bytes:
@@ -81,6 +87,8 @@ class Outgoing:
     """Of its head, as `request_start` makes it."""
     body: bytes | bytearray
     request_id: str
+    stoppable: Stoppable | None = None
+    """What is sent in its place."""
 
     async def attempt(self, slot: Slot) -> Opened:
         """Send the request on `slot`'s connection and wait for the first bytes of the answer's body.
@@ -89,11 +97,16 @@ class Outgoing:
         could not be given to another. Raises BackendLost, BackendTimeout.
         """
         key = slot.backend.address.key
-        head = request_head(self.start, len(self.body), request_id=self.request_id, key=key)
+        stoppable = self.stoppable
+        body = self.body if stoppable is None else stoppable.body
+        head = request_head(self.start, len(body), request_id=self.request_id, key=key)
         try:
             connection = await slot.connect()
-            await connection.send(head, self.body)
+            await connection.send(head, body)
             answer = await connection.receive_head()
+            if stoppable is not None and is_event_stream(answer):
+                answer, first = await stoppable.begin(connection, answer)
+                return Opened(connection, answer, first)
             first = await connection.receive()
             if answer.length is not None and answer.length <= WHOLE_BYTES:
                 while not connection.complete:
@@ -130,7 +143,7 @@ class Answer:
         """Whether the body is a stream of events."""
         memo = self.opened.head.memo
         if "stream" not in memo:
-            memo["stream"] = (self.opened.head.get(b"content-type") or b"").lower().startswith(EVENT_STREAM)
+            memo["stream"] = is_event_stream(self.opened.head)
         return bool(memo["stream"])
 
     @property

@@ -1,0 +1,275 @@
+"""Requests that llama-server is asked for in pieces: what goes out, and what comes back as the client asked for it.
+
+That the whole is what llama-server writes itself, byte by byte, is shown against the real one in `tests/e2e`.
+"""
+
+import json
+from typing import Any
+
+import pytest
+import trio
+
+from tests.backend.peer import linked, say
+from tests.web.site import BODY, CHAT, open_site
+from tests.web.test_app import STREAM, WAYS, Server, chunk
+from trio_router.backend.connection import AnswerHead, BackendLost
+from trio_router.web.stoppable import Assembly, NotWhole, Stoppable
+
+TEXT = "/v1/completions"
+ENDS: dict[str, Any] = {"created": 2, "id": "chatcmpl-1", "model": "m", "system_fingerprint": "b1"}
+
+
+def events(*found: Any) -> bytes:
+    """As llama-server writes them: in order, without blanks."""
+    lines = [
+        each if isinstance(each, str) else json.dumps(each, separators=(",", ":"), ensure_ascii=False) for each in found
+    ]
+    return "".join(f"data: {line}\n\n" for line in lines).encode()
+
+
+def chat(delta: Any, *, index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    choice = {"finish_reason": finish, "index": index, "delta": delta, **more}
+    return {"choices": [choice], **ENDS, "object": "chat.completion.chunk"}
+
+
+def usage(count: int) -> dict[str, Any]:
+    timings = {"predicted_ms": float(f"{count}.000000000000001")}
+    return {
+        "choices": [],
+        **ENDS,
+        "object": "chat.completion.chunk",
+        "usage": {"completion_tokens": count},
+        "timings": timings,
+    }
+
+
+def progress(count: int) -> dict[str, Any]:
+    return chat({"role": "assistant", "content": None}) | {"prompt_progress": {"total": 9, "processed": count}}
+
+
+def text(said: str, *, index: int = 0, finish: str | None = None, **more: Any) -> dict[str, Any]:
+    choice = {"text": said, "index": index, "logprobs": None, "finish_reason": finish}
+    return {"choices": [choice | more], **ENDS, "object": "text_completion"}
+
+
+def assembled(stream: bytes, size: int = 1_000_000) -> tuple[int, bytes]:
+    assembly = Assembly()
+    for at in range(0, len(stream), size):
+        assembly.feed(stream[at : at + size])
+    return assembly.whole()
+
+
+BEGIN = chat({"role": "assistant", "content": None})
+FOOT = '"created":2,"model":"m","system_fingerprint":"b1","object":"chat.completion","usage":{"completion_tokens":3},"id":"chatcmpl-1","timings":{"predicted_ms":3.000000000000001}'
+
+
+@pytest.mark.parametrize("path", [CHAT, "/chat/completions", TEXT])
+def test_what_is_asked_for(path):
+    whole = Stoppable.of(path, b'{"model":"m","stream":false, "n":1} \r\n', stream=False)
+    assert whole is not None
+    assert whole.whole
+    found = json.loads(whole.body)  # as llama-server does, Python takes the last of a field that comes twice
+    assert found == {
+        "model": "m", "n": 1, "stream": True, "stream_options": {"include_usage": True}, "return_progress": True,
+    }  # fmt: skip
+    stream = Stoppable.of(path, bytearray(b'{"model":"m","stream":true}'), stream=True)
+    assert stream is not None
+    assert not stream.whole
+    assert stream.body == b'{"model":"m","stream":true,"return_progress":true}'
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, b'{"model":"m","tools":[]}'),
+        (CHAT, b'{"model":"m","functions":[]}'),
+        (CHAT, b'{"model":"m","return_progress":true}'),
+        ("/v1/messages", BODY),
+        ("/v1/responses", BODY),
+        ("/completion", BODY),
+        ("/v1/embeddings", BODY),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_sent_as_it_is(path, body, *, stream):
+    assert Stoppable.of(path, body, stream=stream) is None
+
+
+def test_words_in_a_text_are_no_fields():
+    body = json.dumps({"model": "m", "messages": [{"content": 'the "tools" and "return_progress"'}]}).encode()
+    assert Stoppable.of(CHAT, body, stream=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("stream", "whole"),
+    [
+        (
+            events(
+                progress(1), "null", progress(9), BEGIN, chat({"content": "Grü"}), chat({"content": 'ße "\\\n'}),
+                chat({}, finish="stop"), usage(3), "[DONE]",
+            ),
+            '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":"Grüße \\"\\\\\\n"}}],' + FOOT + "}",
+        ),
+        (
+            events(BEGIN, chat({}, finish="stop"), usage(3), "[DONE]"),
+            '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":""}}],' + FOOT + "}",
+        ),
+        (
+            events(
+                BEGIN, chat({"reasoning_content": "h"}), chat({"reasoning_content": "m"}), chat({"content": "ok"}),
+                chat({}, finish="length"), usage(3), "[DONE]",
+            ),
+            '{"choices":[{"finish_reason":"length","index":0,"message":{"role":"assistant","content":"ok",'
+            '"reasoning_content":"hm"}}],' + FOOT + "}",
+        ),
+        (
+            events(
+                BEGIN, chat({"content": "a"}, logprobs={"content": [{"logprob": -0.1}]}),
+                chat({"content": "b"}, logprobs={"content": [{"logprob": -1e-05}, 2]}), chat({}, finish="length"), usage(3),
+            ),
+            '{"choices":[{"finish_reason":"length","index":0,"message":{"role":"assistant","content":"ab"},'
+            '"logprobs":{"content":[{"logprob":-0.1},{"logprob":-1e-05},2]}}],' + FOOT + "}",
+        ),
+        (
+            events(
+                chat({"role": "assistant", "content": None}, index=1), BEGIN, chat({"content": "b"}, index=1),
+                chat({"content": "a"}), chat({}, index=0, finish="stop"), usage(3), chat({}, index=1, finish="length"), usage(7),
+            ),
+            '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":"a"}},'
+            '{"finish_reason":"length","index":1,"message":{"role":"assistant","content":"b"}}],' + FOOT + "}",
+        ),
+        (
+            events(
+                text("a"), text("", finish="length") | {"usage": {"completion_tokens": 3}, "timings": {"x": 1}, "extra": [1]},
+            ),
+            ('{"choices":[{"text":"a","index":0,"logprobs":null,"finish_reason":"length"}],"created":2,"model":"m",'
+            '"system_fingerprint":"b1","object":"text_completion","usage":{"completion_tokens":3},"id":"chatcmpl-1",'
+            '"extra":[1],"timings":{"x":1}}'),
+        ),
+        (
+            events(
+                text("a", logprobs={"content": [1]}), text("b", index=1), text("", index=1, finish="stop") | {"usage": 7},
+                text("c", logprobs={"content": [2]}), text("", finish="length") | {"usage": 3}, "[DONE]",
+            ),
+            ('{"choices":[{"text":"ac","index":0,"logprobs":{"content":[1,2]},"finish_reason":"length"},'
+            '{"text":"b","index":1,"logprobs":null,"finish_reason":"stop"}],"created":2,"model":"m",'
+            '"system_fingerprint":"b1","object":"text_completion","usage":3,"id":"chatcmpl-1"}'),
+        ),
+    ],
+    ids=["text", "nothing said", "reasoning", "probabilities", "two answers", "completion", "two completions"],
+)  # fmt: skip
+def test_put_together(stream, whole):
+    for size in (1_000_000, 100, 1):
+        assert assembled(stream, size) == (200, whole.encode())
+    json.loads(whole)
+
+
+def test_an_error_is_the_answer_that_it_would_have_been():
+    error = {"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}
+    said = json.dumps(error).encode()
+    assert assembled(events(BEGIN, chat({"content": "a"}), json.dumps(error))) == (500, said)
+    assert assembled(events({"error": {"code": 400, "message": "no"}}))[0] == 400
+    assert assembled(events({"error": {"code": 0, "message": "no"}}))[0] == 500
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        events("[DONE]"),
+        events(BEGIN, chat({"content": "a"})),
+        events(BEGIN, chat({"content": "a"}), chat({}, finish="stop")),
+        events(BEGIN, usage(3)),
+        events(BEGIN, chat({"tool_calls": [{"index": 0}]}), chat({}, finish="stop"), usage(3)),
+        events(BEGIN, chat({}, finish="stop"), usage(3))[:-9],
+        events("[1]"),
+        events({"object": "x"}),
+        events({"error": "none"}),
+        events({"choices": [{"delta": {}}]}),
+        b"data: what\n\n",
+    ],
+)
+def test_what_makes_no_whole_answer(stream):
+    with pytest.raises(NotWhole):
+        assembled(stream)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+async def test_lines_on_progress_are_left_out_of_a_stream(size):
+    said = events(progress(0), progress(5), progress(9))
+    rest = events(BEGIN, chat({"content": '"prompt_progress":'}), "[DONE]")
+    async with linked() as (connection, peer), trio.open_nursery() as nursery:
+        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+        data = said + rest
+        pieces = [STREAM, *(chunk(data[at : at + size]) for at in range(0, len(data), size)), b"0\r\n\r\n"]
+        nursery.start_soon(say, peer, *pieces)
+        head = await connection.receive_head()
+        stoppable = Stoppable(b"{}", whole=False)
+        with trio.fail_after(10):
+            same, found = await stoppable.begin(connection, head)
+            assert same is head
+            assert found.startswith(b'data: {"choices"')
+            while piece := await connection.receive():
+                found += piece
+        assert found == rest
+
+
+async def test_a_stream_without_one_whole_event():
+    async with linked() as (connection, peer):
+        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+        await say(peer, STREAM, chunk(b"data: x"), b"0\r\n\r\n")
+        _, found = await Stoppable(b"{}", whole=False).begin(connection, await connection.receive_head())
+        assert found == b"data: x"
+
+
+async def test_one_that_breaks_off_is_a_lost_backend():
+    async with linked() as (connection, peer):
+        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+        await say(peer, STREAM, chunk(events(BEGIN)))
+        await peer.send_eof()
+        head: AnswerHead = await connection.receive_head()
+        with pytest.raises(BackendLost):
+            await Stoppable(b"{}", whole=True).begin(connection, head)
+
+
+# --- through a router -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_whole_answer(sockets, way):
+    said = events(progress(9), BEGIN, chat({"content": "a"}), chat({}, finish="stop"), usage(3), "[DONE]")
+    server = Server(STREAM, chunk(said[:50]), 0.01, chunk(said[50:]), b"0\r\n\r\n")
+    async with open_site(sockets, server, stop_at_once=True) as site:
+        for _ in range(2):
+            reply = await site.ask("POST", CHAT, WAYS[way], BODY)
+            assert (reply.status, reply.headers["content-type"]) == (200, "application/json; charset=utf-8")
+            assert int(reply.headers["content-length"]) == len(reply.body)
+            assert reply.body.decode() == (
+                '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":"a"}}],'
+                + FOOT
+                + "}"
+            )
+            assert "cache-control" not in reply.headers
+        assert b'"stream":true' in server.asked[0]
+        assert {event.output_tokens for event in await site.told(2)} == {3}
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_stream(sockets, way):
+    said = events(BEGIN, chat({"content": "a"}), "[DONE]")
+    server = Server(STREAM, chunk(events(progress(3))), 0.01, chunk(said), b"0\r\n\r\n")
+    async with open_site(sockets, server, stop_at_once=True) as site:
+        reply = await site.ask("POST", CHAT, WAYS[way], b'{"model":"qwen","stream":true}')
+        assert reply.body == said
+        assert server.asked[0].endswith(b'"stream":true,"return_progress":true}')
+
+
+async def test_a_stream_that_makes_no_answer_is_a_bad_backend(sockets):
+    async with open_site(sockets, Server(STREAM, chunk(events(BEGIN)), b"0\r\n\r\n"), stop_at_once=True) as site:
+        assert (await site.ask("POST", CHAT, [], BODY)).code == (502, "bad_backend_response")
+
+
+async def test_a_backend_that_answers_in_one_piece_all_the_same(sockets):
+    async with open_site(sockets, Server(), stop_at_once=True) as site:
+        reply = await site.ask("POST", CHAT, [], BODY)
+        assert (reply.status, reply.body) == (200, b'{"ok":true}')
