@@ -1,7 +1,8 @@
 """The commands. Nothing else parses argv.
 
-Exit codes: 0 clean, 1 failed while running, 2 bad usage or bad configuration. Heavy imports wait for the command that
-needs them, so that `--help` and a misspelt flag answer at once.
+Exit codes: 0 clean, 1 failed while running, 2 bad usage or bad configuration, 3 no router, 4 no such model. Heavy imports
+wait for the command that needs them, so that `--help` and a misspelt flag answer at once. What speaks to a router that
+runs is in `commands/`.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from trio_router import __version__
 
 if TYPE_CHECKING:
+    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001  (it has no other name)
+
     from trio_router.config import ModelConfig, Problem, RouterConfig
     from trio_router.memory.footprint import Footprint
 
@@ -23,12 +26,18 @@ BAD_CONFIG = 2
 
 _MIB = 1024 * 1024
 _DEFAULT_CONFIG = "router.toml"
+_DEFAULT_URL = "http://127.0.0.1:8000"
+_INTERRUPTED = 130
+_TALKING = {"ps", "ls", "load", "eject", "reset", "logs", "run", "top", "health", "reload", "drain"}
+_WRITING = {"init", "schema", "completion"}
 
 
 def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run the command in `arguments` (default: this process's own) and return its exit code."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command in _TALKING | _WRITING:
+        return _command(options, environ)
     from trio_router.config import ConfigError, load_config  # noqa: PLC0415 - see above
 
     path = _config_path(options.config, environ)
@@ -62,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"what to read (default: $CONFIG_PATH, else ./{_DEFAULT_CONFIG})",
     )
+    _add_talking(commands)
+    _add_writing(commands)
     serve = commands.add_parser(
         "serve", parents=[config], allow_abbrev=False, help="accept requests until SIGTERM or SIGINT"
     )
@@ -75,6 +86,114 @@ def _parser() -> argparse.ArgumentParser:
         "check", parents=[config], allow_abbrev=False, help="say what is wrong with the configuration and its files"
     )
     return parser
+
+
+def _add_talking(commands: "_Commands") -> None:
+    """The commands that speak to a router that runs."""
+    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where.add_argument("--url", help=f"of the router (default: $TRIO_ROUTER_URL, else {_DEFAULT_URL})")
+    where.add_argument(
+        "--api-key", metavar="KEY", help="default: $API_KEY, which others on this machine cannot read as they can this"
+    )
+    where.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+
+    def add(name: str, about: str, *positional: str) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, parents=[where], allow_abbrev=False, help=about)
+        for each in positional:
+            parser.add_argument(each, metavar=each.upper())
+        return parser
+
+    add("ps", "models in memory")
+    add("ls", "every model")
+    add("load", "load a model, and wait for it", "model")
+    add("eject", "unload a model", "model").add_argument("--force", action="store_true", help="cut running requests")
+    add("reset", "let a failed model be tried again", "model")
+    logs = add("logs", "what a model's llama-server wrote", "model")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as it writes")
+    logs.add_argument("-n", "--lines", type=int, default=100, help="default: %(default)s")
+    add("run", "answer a prompt, or talk", "model").add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="default: read it from a pipe; at a terminal, talk"
+    )
+    add("top", "requests, queues and tokens, live")
+    add("health", "whether the router is well")
+    add("reload", "have it read its configuration again")
+    add("drain", "have it finish what runs, and stop")
+
+
+def _add_writing(commands: "_Commands") -> None:
+    """The commands that write something down."""
+    init = commands.add_parser("init", allow_abbrev=False, help="write a router.toml for a folder of GGUF files")
+    init.add_argument(
+        "--models-dir", metavar="FOLDER", required=True, type=Path, help="looked through, folders in it too"
+    )
+    init.add_argument("--out", metavar="FILE", type=Path, default=Path(_DEFAULT_CONFIG), help="default: %(default)s")
+    init.add_argument("--force", action="store_true", help="write over a file that is there")
+    commands.add_parser("schema", allow_abbrev=False, help="the JSON Schema of router.toml, for editors")
+    completion = commands.add_parser("completion", allow_abbrev=False, help="what makes a shell complete commands")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _command(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    """Do what needs no configuration."""
+    from trio_router.commands.talk import Said  # noqa: PLC0415
+
+    try:
+        return _does(options, environ)
+    except Said as error:
+        _say(f"trio-router: {error}", sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # `| head`: it has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLEAN
+
+
+def _does(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    if options.command in _WRITING:
+        return _writes(options, environ)
+    from trio_router.commands.talk import Router  # noqa: PLC0415
+
+    taken = {"command", "url", "api_key", "as_json"}
+    given = {name: value for name, value in vars(options).items() if name not in taken}
+    url = options.url or environ.get("TRIO_ROUTER_URL") or _DEFAULT_URL
+    router = Router(url=url, key=options.api_key or environ.get("API_KEY"))
+    match options.command:
+        case "logs":
+            from trio_router.commands.watch import logs  # noqa: PLC0415
+
+            return logs(router, **given)
+        case "run":
+            from trio_router.commands.chat import run  # noqa: PLC0415
+
+            return run(router, **given)
+        case "top":
+            from trio_router.commands.watch import top  # noqa: PLC0415
+
+            return top(router, as_json=options.as_json)
+        case name:
+            from trio_router.commands import models  # noqa: PLC0415
+
+            does: Callable[..., int] = getattr(models, name)
+            return does(router, as_json=options.as_json, **given)
+
+
+def _writes(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
+    match options.command:
+        case "init":
+            from trio_router.commands.init import init  # noqa: PLC0415
+
+            return init(options.models_dir, options.out, force=options.force, environ=environ)
+        case "schema":
+            from trio_router.commands.talk import print_json  # noqa: PLC0415
+            from trio_router.config.json_schema import json_schema  # noqa: PLC0415
+
+            print_json(json_schema())
+        case "completion":
+            from trio_router.commands.completion import completion  # noqa: PLC0415
+
+            _say(completion(options.shell, _parser()), sys.stdout)
+    return CLEAN
 
 
 def _config_path(given: str | None, environ: Mapping[str, str]) -> Path:

@@ -115,7 +115,9 @@ async def serve(
     events.request_sinks += [] if requests is None else [requests]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
-    reloader = Reloader(read=read, registry=registry, admission=admission)
+    reloader = Reloader(
+        read=read, registry=registry, admission=admission, stop=partial(os.kill, os.getpid(), signal.SIGTERM)
+    )
     app = create_app(
         registry,
         devices,

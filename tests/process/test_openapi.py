@@ -12,8 +12,8 @@ pytestmark = pytest.mark.process
 
 SECONDS = 150
 # one worker: a load beside an eject is refused with 503, which is right, and which schemathesis cannot know
-ENDLESS = r"(/stream|/logs)$"
-"""Streams go on for as long as one reads: they have tests of their own."""
+ENDLESS = r"(/stream|/logs|/sse|/drain)$"
+"""Streams go on for as long as one reads, and a drain ends the router: they have tests of their own."""
 
 
 def test_schemathesis_finds_nothing(start_router: StartRouter, tmp_path: Path) -> None:
@@ -34,5 +34,5 @@ def test_schemathesis_finds_nothing(start_router: StartRouter, tmp_path: Path) -
         check=False,
     )
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-2000:]
-    assert "Tested: 4" in run.stdout  # forty-odd operations
+    assert "Tested: 4" in run.stdout or "Tested: 5" in run.stdout  # about fifty operations
     assert router.get("/readyz").status_code == 200

@@ -197,7 +197,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     events.request_sinks += [summary.requests, metrics.requests, keys]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
-    reloader = Reloader(read=lambda: config, registry=registry, admission=admission)
+    reloader = Reloader(read=lambda: config, registry=registry, admission=admission, stop=lambda: None)
     app = create_app(
         registry,
         devices,

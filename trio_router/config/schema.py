@@ -62,10 +62,13 @@ class SystemConfig:
     base_models_path: Path
     """Base of a relative `model_path`, absolute here."""
     max_concurrent_models: int = attrs.field(default=3, validator=Within(minimum=1))
+    """Models in memory at once."""
     preload_models: tuple[str, ...] = ()
     """Aliases to load at the start, `*` already resolved, in the order of the file."""
     enable_idle_timeout: bool = True
+    """Whether models leave memory by being idle."""
     idle_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
+    """Unload after this long unused."""
     request_timeout_sec: float = attrs.field(default=120.0, validator=Within(above=0))
     """Longest silence from the backend once a request is running."""
     stall_timeout_sec: float = attrs.field(default=100.0, validator=Within(above=0))
@@ -81,11 +84,13 @@ class SystemConfig:
     default_parallel: int = attrs.field(default=1, validator=Within(minimum=1))
     """Slots of a model whose flags have no `--parallel`."""
     max_queue_size_per_model: int = attrs.field(default=500, validator=Within(minimum=0))
+    """Waiting requests per model; one more gets 503."""
     aging_sec: float = attrs.field(default=30.0, validator=Within(above=0))
     """A waiting request moves up one priority for each of these it has waited."""
     vram_multiplier: float = attrs.field(default=1.1, validator=Within(minimum=1))
     """Margin on the projected memory of a model that was never measured."""
     health_interval_sec: float = attrs.field(default=30.0, validator=Within(above=0))
+    """Pause between two health checks of a llama-server."""
     max_load_attempts: int = attrs.field(default=3, validator=Within(minimum=1))
     """Then the model is `failed`."""
     failed_retry_sec: float = attrs.field(default=300.0, validator=Within(above=0))
@@ -95,6 +100,7 @@ class SystemConfig:
     stop_at_once: bool = False
     """Have llama-server say how far it is, so that it stops at once when a client leaves."""
     backend_transport: BackendTransport = BackendTransport.UNIX
+    """How llama-servers are reached: Unix sockets in a private folder, or loopback ports with a key per process."""
     default_model: str | None = None
     """Answers requests that name no model of ours, or none; None: those are errors."""
 

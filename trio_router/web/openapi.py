@@ -253,6 +253,13 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         tag="configuration",
         answers={200: (JSON, _object(status=STRING, changed=STRINGS, after_restart=STRINGS, models=OBJECT))},
     ),
+    Endpoint(
+        method="post",
+        path="/v1/router/drain",
+        summary="Finish what runs, and stop, as SIGTERM does.",
+        tag="configuration",
+        answers={200: (JSON, _object(status=STRING, message=STRING))},
+    ),
     _get("/models", "The models there are, as llama-server's router tells.", _MODELS, tag="llama-server's router"),
     Endpoint(
         method="post",

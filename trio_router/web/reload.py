@@ -35,6 +35,8 @@ class Reloader:
     """Reads it; blocks. Raises ConfigError."""
     registry: Registry
     admission: Admission
+    stop: Callable[[], None]
+    """Has the router finish what runs, and stop."""
     told: list[Callable[[Changes], None]] = attrs.field(factory=list)
     """Called once all others go by it."""
     _turn: trio.Lock = attrs.field(factory=trio.Lock)
@@ -92,6 +94,11 @@ def described(changes: Changes) -> dict[str, Any]:
 
 def add_routes(app: QuartTrio, reloader: Reloader) -> None:
     """Add it to `app`."""
+
+    @app.post("/v1/router/drain")
+    async def drain() -> Response:
+        reloader.stop()
+        return json_response({"status": "success", "message": "the router finishes what runs, and stops"})
 
     @app.post("/v1/config/reload")
     async def reload() -> Response:

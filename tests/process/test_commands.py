@@ -1,0 +1,159 @@
+"""The commands that speak to a router that runs."""
+
+import io
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartRouter
+from tests.harness.processes import wait_until
+from tests.harness.router import RouterProcess
+from trio_router.cli import main
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def router(start_shared_router: StartRouter) -> RouterProcess:
+    return start_shared_router(
+        models={"one": ["-np", "2"], "org/two": [], "broken": ["--fake-exit-at-start", "3"]},
+        system={"max_load_attempts": 1},
+    )
+
+
+def run(router: RouterProcess, *arguments: str) -> int:
+    return main([arguments[0], "--url", router.url, *arguments[1:]], {})
+
+
+def test_load_ps_ls_eject(router: RouterProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(router, "load", "org/two") == 0
+    assert capsys.readouterr().out == "model 'org/two' is ready\n"
+    assert run(router, "ps") == 0
+    names, two = capsys.readouterr().out.splitlines()
+    assert names.split() == ["MODEL", "STATE", "SLOTS", "WAITING", "MEMORY", "USED", "PID"]
+    assert two.split()[:4] == ["org/two", "ready", "0/1", "0"]
+    assert run(router, "ls") == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["one", "off"], ["org/two", "ready"], ["broken", "off"],
+    ]  # fmt: skip
+    assert run(router, "ps", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["org/two"]["status"] == "ready"
+    assert run(router, "eject", "org/two", "--force") == 0
+    assert "was unloaded" in capsys.readouterr().out
+    assert run(router, "eject", "org/two", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "not_found"
+
+
+def test_what_fails_says_why(router: RouterProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(router, "load", "broken") == 1
+    assert "broken" in capsys.readouterr().err
+    assert run(router, "reset", "broken") == 0
+    assert run(router, "load", "nobody") == 4
+    assert "no model is called 'nobody'" in capsys.readouterr().err
+    assert run(router, "logs", "nobody") == 4
+
+
+def test_no_router(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ps", "--url", "http://127.0.0.1:9"], {}) == 3
+    assert main(["ps"], {"TRIO_ROUTER_URL": "127.0.0.1:9"}) == 3
+    assert capsys.readouterr().err.count("no router at") == 2
+    assert main(["ps", "--url", "ftp://x"], {}) == 2
+
+
+def test_run(router: RouterProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(router, "run", "one", "hello") == 0
+    assert capsys.readouterr().out == "tök0 tök1 tök2 tök3 \n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nthere\n"))
+    assert run(router, "run", "one") == 0
+    assert capsys.readouterr().out == "tök0 tök1 tök2 tök3 \n"
+    assert run(router, "run", "nobody", "hello") == 4
+
+
+def test_a_talk(router: RouterProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["hello", "", "again"])
+
+    def read(_prompt: str) -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda _: True})())
+    assert run(router, "run", "one") == 0
+    assert capsys.readouterr().out.count("tök0 tök1 tök2 tök3 ") == 2
+
+
+def test_logs(router: RouterProcess, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(router, "load", "one") == 0
+    assert run(router, "logs", "one") == 0
+    assert "load_model: model loaded" in capfd.readouterr().out
+    follows = subprocess.Popen(
+        [sys.executable, "-m", "trio_router", "logs", "-f", "--url", router.url, "one"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert follows.stdout is not None
+        assert follows.stdout.readline()
+        seen: list[str] = []
+        reader = threading.Thread(target=lambda: seen.extend(follows.stdout or ()), daemon=True)
+        reader.start()
+        run(router, "eject", "one")
+        wait_until(lambda: any("incarnation 1: stopped" in line for line in seen), timeout_seconds=10, what=f"{seen}")
+    finally:
+        follows.terminate()
+        follows.wait(5)
+        reader.join(5)
+        follows.stdout.close()
+
+
+def test_top_health_reload(
+    router: RouterProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(router, "top") == 0
+    out = capsys.readouterr().out
+    assert "one" in out
+    assert "FIRST TOKEN" in out
+    assert run(router, "top", "--json") == 0
+    assert "totals" in json.loads(capsys.readouterr().out)
+    assert run(router, "health") == 0
+    assert capsys.readouterr().out.startswith("ok: ")
+    assert run(router, "health", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "ok"
+    assert run(router, "reload") == 0
+    assert capsys.readouterr().out == "changed: nothing\n"
+
+
+def test_a_key(start_router: StartRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router = start_router(models={"one": []}, environment={"API_KEY": "sk-secret"})
+    assert main(["ps", "--url", router.url], {}) == 1
+    assert "no API key was sent" in capsys.readouterr().err
+    assert main(["ps"], {"TRIO_ROUTER_URL": router.url, "API_KEY": "sk-secret"}) == 0
+    assert main(["ps", "--url", router.url, "--api-key", "sk-secret"], {}) == 0
+
+
+def test_drain(start_router: StartRouter) -> None:
+    router = start_router(models={"one": []})
+    assert run(router, "load", "one") == 0
+    assert run(router, "drain") == 0
+    assert router.wait() == 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["completion", shell], {}) == 0
+    script = capsys.readouterr().out
+    assert "eject" in script
+    assert "force" in script
+    if shell == "bash":
+        done = subprocess.run(
+            ["bash", "-c", f'{script}\nCOMP_WORDS=(trio-router ej); COMP_CWORD=1; _trio_router; echo "${{COMPREPLY[*]}}"'],
+            capture_output=True, text=True, check=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.stdout == "eject\n"

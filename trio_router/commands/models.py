@@ -1,0 +1,136 @@
+"""`ps`, `ls`, `load`, `eject`, `reset`, `health`, `reload`, `drain`."""
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from trio_router.commands.talk import CLEAN, FAILED, Router, in_path, print_json
+
+
+def ps(router: Router, *, as_json: bool) -> int:
+    """Models that are in memory."""
+    found = router.get("/v1/models/status")
+    resident = {alias: one for alias, one in found["models"].items() if one["status"] not in {"off", "failed"}}
+    if as_json:
+        print_json(resident)
+    else:
+        rows = [
+            (
+                alias, one["status"], f"{one['active']}/{one['slots']}", str(one["queued"]), _memory(one),
+                _ago(one["last_used_at"]), str(one["pid"] or "-"),
+            )
+            for alias, one in resident.items()
+        ]  # fmt: skip
+        table(("MODEL", "STATE", "SLOTS", "WAITING", "MEMORY", "USED", "PID"), rows)
+    return CLEAN
+
+
+def ls(router: Router, *, as_json: bool) -> int:
+    """Every model there is."""
+    found = router.get("/v1/models/status")
+    if as_json:
+        print_json(found["models"])
+    else:
+        rows = []
+        for alias, one in found["models"].items():
+            why = (one["error_message"] or "").partition("\n")[0] if one["status"] == "failed" else ""
+            rows.append((alias, one["status"], str(one["slots"]), str(one["n_ctx"] or "-"), _memory(one), why))
+        table(("MODEL", "STATE", "SLOTS", "CONTEXT", "MEMORY", ""), rows)
+    return CLEAN
+
+
+def load(router: Router, model: str, *, as_json: bool) -> int:
+    """Load it, and wait."""
+    said = _waited(f"loading {model}", lambda: router.post("/v1/models/load", {"model": model}, None), quiet=as_json)
+    return _told(said, as_json=as_json)
+
+
+def eject(router: Router, model: str, *, force: bool, as_json: bool) -> int:
+    """Unload it."""
+    path = "/v1/models/eject?force=true" if force else "/v1/models/eject"
+    said = _waited(f"ejecting {model}", lambda: router.post(path, {"model": model}, None), quiet=as_json)
+    return _told(said, as_json=as_json)
+
+
+def reset(router: Router, model: str, *, as_json: bool) -> int:
+    """Let it be tried again."""
+    return _told(router.post(f"/v1/models/{in_path(model)}/reset"), as_json=as_json)
+
+
+def health(router: Router, *, as_json: bool) -> int:
+    """Whether the router is well."""
+    with router.answer("GET", "/livez", None, 10.0):
+        pass
+    try:
+        found = router.get("/health")
+    except Exception:
+        if as_json:
+            print_json({"status": "degraded"})
+        raise
+    if as_json:
+        print_json(found)
+    else:
+        manager = found["checks"]["manager"]
+        print(f"{found['status']}: {manager['active_models']} models in memory, up {_span(found['uptime_seconds'])}")
+    return CLEAN if found["status"] == "ok" else FAILED
+
+
+def reload(router: Router, *, as_json: bool) -> int:
+    """Have it read its configuration again."""
+    found = router.post("/v1/config/reload", seconds=60)
+    if as_json:
+        print_json(found)
+    else:
+        print(f"changed: {', '.join(found['changed']) or 'nothing'}")
+        for what, aliases in found["models"].items():
+            if aliases and what != "unchanged":
+                print(f"{what}: {', '.join(aliases)}")
+        if found["after_restart"]:
+            print(f"after another start of the router: {', '.join(found['after_restart'])}")
+    return CLEAN
+
+
+def drain(router: Router, *, as_json: bool) -> int:
+    """Have it finish what runs, and stop."""
+    return _told(router.post("/v1/router/drain"), as_json=as_json)
+
+
+def _told(said: Any, *, as_json: bool) -> int:
+    if as_json:
+        print_json(said)
+    else:
+        print(said["message"])
+    return CLEAN
+
+
+def _waited(what: str, does: Callable[[], Any], *, quiet: bool) -> Any:
+    """What it returns; people see that it goes on."""
+    if quiet:
+        return does()
+    from rich.console import Console  # noqa: PLC0415  (the rest need not wait for it)
+
+    with Console(stderr=True).status(what):
+        return does()
+
+
+def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns that programs can cut, too."""
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _memory(one: dict[str, Any]) -> str:
+    mib = one["vram_used_mb"] if one["vram_used_mb"] is not None else one["vram_mb"]
+    return "-" if mib is None else f"{mib} MiB"
+
+
+def _ago(when: str | None) -> str:
+    return "-" if when is None else f"{_span((datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds())} ago"
+
+
+def _span(seconds: float) -> str:
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
