@@ -685,3 +685,40 @@ async def test_cancelled_while_the_backlog_is_full(sockets):
             connection = await Connection.open(Address(path=path))
             assert time.monotonic() - began < 1
             connection.close()
+
+
+async def test_what_a_dead_backend_had_said_is_salvaged():
+    """Its exit is noticed before its last words are read: they are handed out, and then it is lost."""
+    async with linked() as (connection, peer):
+        await connection.send(REQUEST, b"")
+        await say(peer, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+        await connection.receive_head()
+        assert await connection.receive() == b"a"
+        await peer.send_all(b"1\r\nb\r\n1\r\nc\r\n")
+        connection.salvage()
+        assert await connection.receive() == b"bc"
+        with pytest.raises(BackendLost):
+            await connection.receive()
+
+
+@pytest.mark.parametrize(
+    ("sent", "body", "whole"), [(answer(b"all"), b"all", True), (STREAM_HEAD + b"1\r\na\r\n", b"a", False)]
+)
+async def test_who_waits_for_a_dead_backend_gets_its_last_words(sent, body, whole):
+    async with linked() as (connection, peer), trio.open_nursery() as nursery:
+        await connection.send(REQUEST, b"")
+        said = []
+
+        async def read():
+            said.append((await connection.receive_head()).status)
+            said.append(await connection.receive())
+            try:
+                said.append(await connection.receive())
+            except BackendLost:
+                said.append(None)
+
+        nursery.start_soon(read)
+        await wait_all_tasks_blocked()
+        os.write(peer.socket.fileno(), sent)  # and in the same breath
+        connection.salvage()
+    assert said == [200, body, b"" if whole else None]

@@ -18,6 +18,10 @@ class FakeConnection:
     def close(self) -> None:
         self.closed = True
 
+    def salvage(self) -> None:
+        """It had said nothing."""
+        self.close()
+
     def expire_silent(self, now: float) -> None:
         """It is never silent."""
 

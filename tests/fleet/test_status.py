@@ -51,7 +51,10 @@ async def test_a_model_that_is_off(servers: FakeServers, autojump_clock: MockClo
             "object": "model",
             "owned_by": "user",
             "n_ctx": None,
-            "status": {"value": "unloaded"},
+            "status": {"value": "unloaded", "args": ["llama-server"]},
+            "aliases": [],
+            "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+            "path": "/models/a",
         }
 
 
@@ -66,7 +69,7 @@ async def test_a_model_that_works(servers: FakeServers, autojump_clock: MockCloc
         assert (found["slots"], found["active"], found["queued"]) == (2, 2, 1)
         assert (found["incarnation"], found["n_ctx"], found["load_duration_sec"]) == (1, 8192, 1)
         assert None not in (found["started_at"], found["last_used_at"])
-        assert listed(fleet["a"])["status"] == {"value": "loaded"}
+        assert listed(fleet["a"])["status"] == {"value": "loaded", "args": ["llama-server"]}
         assert listed(fleet["a"])["n_ctx"] == 8192
 
 

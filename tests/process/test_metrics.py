@@ -64,7 +64,10 @@ def test_an_answer(start_router: StartRouter) -> None:
     assert told["router_slots", "model=qwen", "state=idle"] == 1
     assert told["router_ready",] == 1
     assert told["process_cpu_seconds_total",] > 0
-    assert {name for name in families(router.get("/metrics").text) if name.startswith("router_")} == FAMILIES.keys()
+    assert {name for name in families(router.get("/metrics").text) if name.startswith("router_")} == {
+        *FAMILIES,
+        "router_key_requests_total",
+    }
 
 
 def test_every_dialect_counts_its_tokens(start_router: StartRouter) -> None:

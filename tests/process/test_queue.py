@@ -126,7 +126,7 @@ def test_no_queue_at_all_still_serves(start_router: StartRouter, record: Record)
 
 def test_queue_timeout(start_router: StartRouter, record: Record) -> None:
     router = start_router(qwen=record.flags, system={"queue_timeout_sec": 0.3})
-    router.chat("qwen")
+    assert router.post("/v1/models/load", {"model": "qwen"}).status_code == 200  # which may take longer than 0.3 s
     connection = router.start_raw(b'{"model":"qwen","fake":{"stall":true}}')
     try:
         router.wait_for_status("qwen", active=1)

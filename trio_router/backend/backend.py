@@ -112,4 +112,6 @@ class Backend:
             self.lost, self.unloaded = why, wanted
             self.gone.set()
         for slot in self.slots:
+            if slot.connection is not None and not wanted:
+                slot.connection.salvage()
             slot.disconnect()

@@ -21,6 +21,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import attrs
@@ -256,6 +257,8 @@ class Connection:
     """What `stream` ended with."""
     expired: bool = False
     closed: bool = False
+    _salvaged: bool = False
+    """Whether `salvage` took something that a reader has yet to look at."""
 
     def __attrs_post_init__(self) -> None:
         self._news = select.poll()
@@ -457,6 +460,9 @@ class Connection:
                 await self._pace(0)
         except (OSError, trio.ClosedResourceError) as error:
             self.close()
+            if self._salvaged:
+                self._salvaged = False
+                return
             raise self._broke("the connection broke", stale=self._reused and not self._answered) from error
         self._take(data)
         if self._reading.body and len(data) > PING_BYTES:
@@ -503,6 +509,19 @@ class Connection:
             self._idle_since = time.monotonic()
         else:
             self.close()
+
+    def salvage(self) -> None:
+        """Close, but take first what the backend had said before it died; whoever is reading gets that, then BackendLost.
+
+        Its exit is noticed before its last words are read as often as not. `BURST_BYTES` at most: no stream has more.
+        """
+        taken = 0
+        with suppress(OSError, BackendLost):
+            while not self.closed and taken < BURST_BYTES and (data := self._sock.recv(READ_BYTES)):
+                taken += len(data)
+                self._take(data)
+        self._salvaged = taken > 0
+        self.close()
 
     def close(self) -> None:
         """Close at once, without waiting; whoever is reading or writing gets a BackendLost."""
