@@ -48,10 +48,15 @@ class RouterError(Exception):
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """Headers that go with the status: `Retry-After` on every 429 and 503."""
+        """Headers that go with it: `Retry-After` on every 429 and 503, `X-Queue-Position` if there was a place."""
+        headers = []
         if self.retry_after_seconds is not None:
-            return [("Retry-After", str(self.retry_after_seconds))]
-        return [("Retry-After", "1")] if self.status in {429, 503} else []
+            headers.append(("Retry-After", str(self.retry_after_seconds)))
+        elif self.status in {429, 503}:
+            headers.append(("Retry-After", "1"))
+        if (position := self.details.get("queue_position")) is not None:
+            headers.append(("X-Queue-Position", str(position)))
+        return headers
 
     def body(self) -> dict[str, Any]:
         """The error object, OpenAI's four keys first, ours beside them."""
@@ -114,6 +119,12 @@ class InvalidPriority(InvalidRequest):
     """Raised when `X-Request-Priority` is none of high, normal, low."""
 
     code = "invalid_priority"
+
+
+class InvalidDeadline(InvalidRequest):
+    """Raised when `X-Request-Deadline-Ms` is no whole number of milliseconds."""
+
+    code = "invalid_deadline"
 
 
 class InvalidApiKey(RouterError):
@@ -299,6 +310,18 @@ class QueueTimeout(TimedOut):
     """Raised when a request waited `system.queue_timeout_sec` for a slot."""
 
     code = "queue_timeout"
+
+
+class DeadlineUnreachable(TimedOut):
+    """Raised when a request would wait for longer than its client does, as far as can be known."""
+
+    code = "deadline_unreachable"
+
+
+class DeadlineExceeded(TimedOut):
+    """Raised when a request still waits at its client's deadline."""
+
+    code = "deadline_exceeded"
 
 
 class LoadTimeout(TimedOut):

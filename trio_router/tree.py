@@ -111,7 +111,7 @@ async def serve(
     metrics = Metrics(config.models, INFERENCE_PATHS, version=__version__)
     notifier = Notifier.of(os.environ)
     events.sinks += [summary, metrics, notifier]
-    events.request_sinks += [summary.requests, metrics.requests, KeyMetrics(metrics.registry)]
+    events.request_sinks += [registry.learn, summary.requests, metrics.requests, KeyMetrics(metrics.registry)]
     events.request_sinks += [] if requests is None else [requests]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)

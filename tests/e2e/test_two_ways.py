@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 FLAGS = ["-c", "2048", "-np", "1", "-t", "1"]
 QUART = {"TE": "trailers"}
 """Any header that asks for more than the plain case."""
-OURS = {"content-length", "x-request-id", "x-queue-time-ms", "x-accel-buffering", "cache-control"}
+OURS = {"content-length", "x-request-id", "x-queue-time-ms", "x-queue-position", "x-accel-buffering", "cache-control"}
 THEIRS = {"server", "keep-alive", "date", "connection", "access-control-allow-origin"}
 """Of llama-server's headers: hop-by-hop, or its own opinion on web pages."""
 CLOCK = re.compile(

@@ -60,7 +60,8 @@ class Reply:
         """The error object; everything that all of them share is checked."""
         assert self.headers["content-type"] == "application/json"
         assert self.headers["x-request-id"]
-        assert ("retry-after" in self.headers) == (self.status in {429, 503})
+        # a 504 has one where it is known when there will be a slot
+        assert self.status == 504 or ("retry-after" in self.headers) == (self.status in {429, 503})
         found = json.loads(self.body)
         assert list(found) == ["error"]
         error: dict[str, Any] = found["error"]
@@ -194,7 +195,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     metrics = Metrics(config.models, INFERENCE_PATHS, version="0")
     keys = KeyMetrics(metrics.registry)
     events.sinks += [summary, metrics]
-    events.request_sinks += [summary.requests, metrics.requests, keys]
+    events.request_sinks += [registry.learn, summary.requests, metrics.requests, keys]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
     reloader = Reloader(read=lambda: config, registry=registry, admission=admission, stop=lambda: None)

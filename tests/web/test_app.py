@@ -256,6 +256,9 @@ async def test_an_id_that_is_none_is_replaced(sockets, way, identity):
     ("headers", "code"),
     [
         ([("X-Request-Priority", "urgent")], (400, "invalid_priority")),
+        ([("X-Request-Deadline-Ms", "1.5")], (400, "invalid_deadline")),
+        ([("X-Request-Deadline-Ms", "0")], (400, "invalid_deadline")),
+        ([("X-Request-Deadline-Ms", "soon")], (400, "invalid_deadline")),
         ([("Content-Encoding", "gzip")], (415, "unsupported_media_type")),
         ([("Host", "evil.com")], (403, "host_not_allowed")),
         ([("Host", "localhost:80@evil.com")], (403, "host_not_allowed")),
@@ -288,6 +291,54 @@ async def test_a_queue_that_is_full(sockets, way):
         await first.say(request("POST", CHAT, [], BODY))
         await wait_all_tasks_blocked()
         assert (await site.ask("POST", CHAT, way, BODY)).code == (503, "queue_full")
+
+
+async def test_a_place_in_the_queue(sockets, way):
+    server = Server(0.3, answer(b"{}"))
+    async with open_site(sockets, server) as site, site.client() as first, site.client() as second:
+        await first.say(request("POST", CHAT, way, BODY))
+        await until(lambda: site.model.scheduler.active == 1)
+        await second.say(request("POST", CHAT, [*way, ("X-Request-Deadline-Ms", "60000")], BODY))
+        await until(lambda: site.model.scheduler.waiting == 1)
+        third = await site.ask("POST", CHAT, [*way, ("X-Request-Priority", "low")], BODY)
+        replies = [await first.hear("POST"), await second.hear("POST"), third]
+        assert [reply.headers["x-queue-position"] for reply in replies] == ["0", "1", "2"]
+        # a wait is estimated for who has a deadline; nothing was measured yet
+        assert "x-queue-estimate-ms" not in replies[1].headers
+        await site.told(3)
+        assert all(0.25 < event.held_seconds < 3 for event in site.finished)
+        await first.say(request("POST", CHAT, way, BODY))
+        await until(lambda: site.model.scheduler.active == 1)
+        last = await site.ask("POST", CHAT, [*way, ("X-Request-Deadline-Ms", "60000")], BODY)
+        assert 100 < int(last.headers["x-queue-estimate-ms"]) < 3000
+        await first.hear("POST")
+        assert not any(b"x-request-deadline-ms" in asked.lower() for asked in server.asked)
+
+
+async def test_a_deadline_that_cannot_be_met(sockets, way):
+    async with open_site(sockets, Server(99.0)) as site, site.client() as first:
+        site.model.scheduler.pace.add(200.0, 1, trio.current_time())
+        await first.say(request("POST", CHAT, [], BODY))
+        await until(lambda: site.model.scheduler.active == 1)
+        began = trio.current_time()
+        reply = await site.ask("POST", CHAT, [*way, ("X-Request-Deadline-Ms", "30000")], BODY)
+        assert trio.current_time() - began < 5
+        assert reply.code == (504, "deadline_unreachable")
+        assert reply.error["type"] == "timeout_error"
+        assert reply.error["queue_position"] == 1
+        assert 190_000 < reply.error["estimated_wait_ms"] <= 200_000
+        assert (reply.headers["retry-after"], reply.headers["x-queue-position"]) == ("120", "1")
+        assert (await site.told())[0].outcome is Outcome.REJECTED
+
+
+async def test_a_deadline_that_passes(sockets, way):
+    async with open_site(sockets, Server(99.0)) as site, site.client() as first:
+        await first.say(request("POST", CHAT, [], BODY))
+        await until(lambda: site.model.scheduler.active == 1)
+        reply = await site.ask("POST", CHAT, [*way, ("X-Request-Deadline-Ms", "50")], BODY)
+        assert reply.code == (504, "deadline_exceeded")
+        assert (await site.told())[0].outcome is Outcome.TIMEOUT
+        assert site.model.scheduler.waiting == 0
 
 
 async def test_a_bug_is_an_internal_error_without_a_traceback(sockets, way, monkeypatch):

@@ -41,6 +41,7 @@ def test_the_backends_own_status(status, outcome):
     ("kind", "outcome"),
     [
         (QueueTimeout, Outcome.TIMEOUT), (LoadTimeout, Outcome.TIMEOUT), (BackendTimeout, Outcome.TIMEOUT),
+        (errors.DeadlineExceeded, Outcome.TIMEOUT), (errors.DeadlineUnreachable, Outcome.REJECTED),
         (QueueFull, Outcome.REJECTED), (ModelFailed, Outcome.REJECTED), (ShuttingDown, Outcome.REJECTED),
         (InvalidJSON, Outcome.CLIENT_ERROR), (UnknownModel, Outcome.CLIENT_ERROR),
         (errors.BackendBroken, Outcome.BACKEND_ERROR), (errors.BackendCrashed, Outcome.BACKEND_ERROR),

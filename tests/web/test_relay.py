@@ -299,6 +299,7 @@ def test_headers_of_a_plain_answer():
     assert made.headers() == [
         (b"content-type", b"application/json"), (b"x-own", b"1"), (b"cache-control", b"private"), (b"content-length", b"7"),
         (b"x-queue-time-ms", b"1235"),
+        (b"x-queue-position", b"0"),
     ]  # fmt: skip
 
 
@@ -306,6 +307,7 @@ def test_headers_of_a_stream():
     made, _, _ = answer_of(headers=[(b"cache-control", b"public"), (b"x-accel-buffering", b"yes")])
     assert made.headers()[1:] == [
         (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"), (b"x-queue-time-ms", b"1235"),
+        (b"x-queue-position", b"0"),
     ]  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from tests.web.site import BODY, CHAT, Client, Headers, Site, open_site, request
 from tests.web.test_app import EVENTS, STREAM, WAYS, Server, chunk
 from trio_router.telemetry.events import Outcome
 
-THEIRS = {"date", "x-queue-time-ms", "connection"}
-"""What may differ: Hypercorn says the time of day and when it closes, a wait is measured."""
+THEIRS = {"date", "x-queue-time-ms", "x-queue-position", "connection"}
+"""What may differ: Hypercorn says the time of day and when it closes, a wait is measured, and so is its place."""
 KIB = 1024
 
 

@@ -24,6 +24,8 @@ class Slot:
     backend: "Backend"
     index: int
     connection: Connection | None = None
+    since: float = 0.0
+    """Trio time at which it was leased last."""
 
     async def connect(self) -> Connection:
         """A connection that can carry a request: the kept one if it still can. Raises BackendLost."""

@@ -158,6 +158,8 @@ class Supervisor:
     updated_at: float = attrs.field(factory=time.time)
     load_seconds: float | None = None
     """Spawn to ready, of the last load that succeeded."""
+    loading_since: float | None = None
+    """Trio time of the spawn of an incarnation that is not ready yet."""
     _not_before: float = -float("inf")
     """Trio time before which no incarnation is started."""
     _failed_until: float = math.inf
@@ -288,7 +290,7 @@ class Supervisor:
         return await self._tend(process, address)
 
     async def _tend(self, process: ServerProcess, address: Address) -> Ending:
-        spawned = trio.current_time()
+        spawned = self.loading_since = trio.current_time()
         why: str | None = None
         timed_out = False
         try:
@@ -318,7 +320,7 @@ class Supervisor:
                     address.remove()
         finally:
             was_ready, self.backend = self.ready_at is not None, None
-            self.pid = None
+            self.pid = self.loading_since = None
             kind = self._tell_exit(exited=exited, unhealthy=why is not None, code=code)
             self.journal.append(f"--- incarnation {self.incarnation}: {kind.value}, exit status {code} ---")
             if not was_ready:
@@ -354,6 +356,7 @@ class Supervisor:
             )
             self.backend.open_slots(self.model.slots)
             self.load_seconds = trio.current_time() - spawned
+            self.loading_since = None
             self.ready_at = time.time()
             self.attempts = 0
             if self.state is State.LOADING:  # else it is stopping already, and nobody is let in

@@ -25,7 +25,8 @@ from trio_router.backend.backend import Slot
 from trio_router.backend.connection import BackendLost
 from trio_router.errors import BackendBroken, BackendCrashed, BackendUnavailable, RouterError, ShuttingDown
 from trio_router.fleet.registry import Registry
-from trio_router.fleet.scheduler import Lease, Ticket
+from trio_router.fleet.scheduler import Lease
+from trio_router.fleet.ticket import Ticket
 
 DEATH_SECONDS = 0.25
 """How long a broken connection may precede the exit of the process that held it."""
@@ -72,7 +73,7 @@ async def dispatch(registry: Registry, ticket: Ticket, attempt: Callable[[Slot],
             ticket.requeued = True  # 6
             ticket.alone = deaths >= MAX_DEATHS
             if ticket.granted_at is not None:
-                ticket.deadline += trio.current_time() - ticket.granted_at
+                ticket.deadline = min(ticket.due, ticket.deadline + trio.current_time() - ticket.granted_at)
             log.info("queued again", model=ticket.alias, incarnation=backend.incarnation, error=str(error))
         except BaseException:
             lease.slot.disconnect()

@@ -16,8 +16,10 @@ from trio_router.backend.lifecycle import State
 from trio_router.backend.supervisor import Supervisor
 from trio_router.config.schema import ModelConfig
 from trio_router.errors import RouterError
+from trio_router.fleet.estimate import LoadPace
 from trio_router.fleet.placement import ModelSnapshot
-from trio_router.fleet.scheduler import Priority, Scheduler
+from trio_router.fleet.scheduler import Scheduler
+from trio_router.fleet.ticket import Priority
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.memory.footprint import Footprint
 from trio_router.telemetry.events import Events, UnloadReason
@@ -36,6 +38,10 @@ class Model:
     supervisor: Supervisor = attrs.field(init=False)
     look: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when a decision about it may be another than before."""
+    loads: LoadPace = attrs.field(factory=LoadPace)
+    """Of all models."""
+    room_in: Callable[[], float | None] = attrs.field(default=lambda: 0.0)
+    """Seconds until there is room for it, as far as that is known."""
 
     asked: int = 0
     """How many ask for it by name and wait until it is ready."""
@@ -96,6 +102,34 @@ class Model:
         held = {device.index: device.processes.get(pid) for device in self.devices.snapshot.devices}
         return {index: size for index, size in held.items() if size is not None}
 
+    @property
+    def load_seconds(self) -> float | None:
+        """What a load takes: as measured, else as its size lets expect; None: not known."""
+        measured = self.supervisor.load_seconds
+        return measured if measured is not None else self.loads.projected(self._size_bytes)
+
+    @property
+    def _size_bytes(self) -> int | None:
+        return None if self.footprint is None else self.footprint.total_bytes
+
+    def opens_in(self) -> float | None:
+        """Seconds until its slots can be leased; None: not known."""
+        if self.scheduler.backend is not None:
+            return 0.0
+        load = self.load_seconds
+        since = self.supervisor.loading_since
+        if load is None:
+            return None
+        if since is not None and self.retiring is None:
+            return max(0.0, since + load - trio.current_time())
+        room = self.room_in()
+        return None if room is None else room + load
+
+    def idle_in(self) -> float | None:
+        """Seconds until all that wait for it are done, and nobody holds a lease; None: not known."""
+        scheduler = self.scheduler
+        return 0.0 if scheduler.idle else scheduler.expected_wait(scheduler.waiting + scheduler.slots - 1)
+
     def facts(self) -> ModelFacts:
         """What a gauge may show."""
         queue = self.scheduler.statistics()
@@ -154,6 +188,8 @@ class Model:
     # --- the supervisor's gate --------------------------------------------------------------------
 
     def opened(self, backend: Backend) -> None:
+        if (seconds := self.supervisor.load_seconds) is not None:
+            self.loads.add(seconds, self._size_bytes)
         self.used()
         self.was_ready = True
         self.kept = self.preload = False

@@ -15,7 +15,7 @@ and each ends its llama-server.
 import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 import structlog
@@ -27,12 +27,14 @@ from trio_router.backend.lifecycle import Move, State
 from trio_router.backend.supervisor import Supervisor, SupervisorSettings, new_journal
 from trio_router.config.schema import ModelConfig, RouterConfig
 from trio_router.errors import BackendUnavailable, ShuttingDown, UnknownModel, shown
+from trio_router.fleet.estimate import LoadPace
 from trio_router.fleet.model import Model
 from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decide
 from trio_router.fleet.reload import Changes
-from trio_router.fleet.scheduler import Lease, Priority, Scheduler, Ticket
+from trio_router.fleet.scheduler import Lease, Scheduler
+from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.memory.devices import DeviceMonitor
-from trio_router.telemetry.events import Events, Reloaded, ServerChanged, Unloaded, UnloadReason
+from trio_router.telemetry.events import Events, Reloaded, RequestFinished, ServerChanged, Unloaded, UnloadReason
 from trio_router.telemetry.facts import FleetFacts
 
 log = structlog.get_logger("trio_router.fleet")
@@ -70,6 +72,7 @@ class Registry:
     devices: DeviceMonitor | None = None
     leaving: list[Model] = attrs.field(factory=list)
     """Taken out of router.toml, and still in memory."""
+    loads: LoadPace = attrs.field(factory=LoadPace)
     phase: str = "starting"
     """starting, ready, draining: what users see of the router itself."""
     started_at: float = attrs.field(factory=time.time)
@@ -96,7 +99,16 @@ class Registry:
     def _new(self, entry: ModelConfig) -> Model:
         system = self.config.system
         scheduler = Scheduler(alias=entry.alias, slots=entry.slots, max_waiting=system.max_queue_size_per_model)
-        model = Model(config=entry, scheduler=scheduler, events=self.events, look=self.look, devices=self.devices)
+        model = Model(
+            config=entry,
+            scheduler=scheduler,
+            events=self.events,
+            look=self.look,
+            devices=self.devices,
+            loads=self.loads,
+        )
+        model.room_in = lambda: self._room_in(model)
+        scheduler.opens_in = model.opens_in
         model.supervisor = Supervisor(
             model=entry,
             number=next(self._numbers),
@@ -139,17 +151,20 @@ class Registry:
                 f"no model is called {shown(alias)}; GET /v1/models lists those there are", param="model"
             ) from None
 
-    def ticket(self, alias: str, priority: Priority, client: str = "", weight: float = 1.0) -> Ticket:
-        """A place in the order for a request of `client` that arrives now. Raises UnknownModel."""
+    def ticket(
+        self, alias: str, priority: Priority, client: str = "", weight: float = 1.0, due: float = math.inf
+    ) -> Ticket:
+        """A place in the order for a request of `client` that arrives now and waits until `due`. Raises UnknownModel."""
         now = trio.current_time()
         return Ticket(
             alias=self.model(alias).alias,
             priority=priority,
             arrived_at=now,
-            deadline=now + self.config.system.queue_timeout_sec,
+            deadline=min(due, now + self.config.system.queue_timeout_sec),
             key=now + priority.steps * self.config.system.aging_sec,
             client=client,
             weight=weight,
+            due=due,
         )
 
     async def lease(self, ticket: Ticket) -> Lease:
@@ -172,6 +187,21 @@ class Registry:
         model = self.models.get(backend.alias) if backend.answered(end) else None
         if model is not None and model.supervisor.backend is backend:
             model.supervisor.proved()
+
+    def learn(self, ended: Sequence[RequestFinished]) -> None:
+        """A request sink: how long these held their slots."""
+        now = trio.current_time()
+        for event in ended:
+            model = None if event.alias is None else self.models.get(event.alias)
+            if model is not None and event.held_seconds is not None and event.priority is not None:
+                model.scheduler.pace.add(event.held_seconds, Priority[event.priority.upper()].steps, now)
+
+    def _room_in(self, model: Model) -> float | None:
+        """Seconds until there is room for a model that is not in memory; None: not known."""
+        residents = [other for other in self._all() if other.state.resident]
+        if model in residents or len(residents) < self.config.system.max_concurrent_models:
+            return 0.0
+        return min((seconds for other in residents if (seconds := other.idle_in()) is not None), default=None)
 
     # --- commands ---------------------------------------------------------------------------------
 

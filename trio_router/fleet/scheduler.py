@@ -5,13 +5,10 @@ high. The next slot is for the priority whose oldest waiter has the smallest key
 enough, and yet a low request that has waited two `aging` overtakes a high one that has just come: nobody waits for ever
 (linear aging).
 
-Inside a priority clients share fairly, answer by answer (start-time fair queueing, Goyal, Vin and Cheng 1996, where every
-answer is of length 1): a client's next request has its turn one answer, over the client's weight, after its last one, but
-not before that which is served now. So one client's hundred requests do not stand before another's one; each client's own
-are served in the order of arrival, and no turn is put off for ever.
+Inside a priority clients share fairly (`fleet.ranks`).
 
 Hand-over is synchronous. Whoever frees a slot wakes the first waiter's task with a lease, as its result. Trio asks a
-task that is cancelled before it was woken to give up (`_Waiter.abort`), and never one that was woken already. So a
+task that is cancelled before it was woken to give up (`Waiter.abort`), and never one that was woken already. So a
 lease is in exactly one pair of hands at any time, and is released exactly once.
 
 A request that may be what killed two backends is to have the next one for itself (`Ticket.alone`), so that it kills
@@ -22,61 +19,20 @@ The queue outlives backends: `open` brings a backend's slots, `close` takes them
 are released into nothing. `statistics()` is `IDLE` when nobody waits and nobody holds.
 """
 
-import enum
-import heapq
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import outcome
 import trio
 
 from trio_router.backend.backend import Backend, Slot
-from trio_router.errors import QueueFull, QueueTimeout, RouterError
-
-FORGOTTEN_CLIENTS = 16
-"""So many clients that wait no more are not worth forgetting."""
-
-
-class Priority(enum.Enum):
-    """What a client asks for in `X-Request-Priority`; the value is the seed's number."""
-
-    HIGH = 1
-    NORMAL = 2
-    LOW = 3
-
-    def __init__(self, value: int) -> None:
-        self.label = self.name.lower()
-        """The name as clients write it."""
-        self.steps = value - 1
-        """How far below high."""
-
-
-@attrs.define(eq=False, kw_only=True)
-class Ticket:
-    """A request's place in the order of things; kept when the request is queued again."""
-
-    alias: str
-    priority: Priority
-    arrived_at: float
-    """Trio time."""
-    deadline: float
-    """Trio time after which the request no longer waits for a slot."""
-    key: float
-    """Of the priority whose oldest waiter has the smallest, somebody is served next."""
-    client: str = ""
-    """Who shares fairly with others: the name of a key, or an address."""
-    weight: float = 1.0
-    """Of this client's share."""
-    turn: float = 0.0
-    """Inside a priority, smaller is served earlier: answers since the queue was empty last."""
-    requeued: bool = False
-    """Whether it was admitted before: the queue's bound does not apply again."""
-    alone: bool = False
-    """Whether it is to have a backend for itself."""
-    granted_at: float | None = None
-    """Trio time at which it got a slot, the last one if there were several."""
+from trio_router.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull, QueueTimeout, RouterError
+from trio_router.fleet.estimate import Pace, expected_wait, overtaken, retry_after
+from trio_router.fleet.ranks import Rank, Waiter
+from trio_router.fleet.ticket import Priority, Ticket
 
 
 @attrs.frozen(kw_only=True)
@@ -110,88 +66,6 @@ class Lease:
             self._scheduler._released(self)  # noqa: SLF001  (the two are one mechanism)
 
 
-@attrs.define(eq=False)
-class _Waiter:
-    ticket: Ticket
-    task: trio.lowlevel.Task
-    scheduler: "Scheduler"
-    gone: bool = False
-    """It waits no longer."""
-
-    def abort(self, _: object) -> trio.lowlevel.Abort:
-        """Cancelled, or out of time, before there was a slot."""
-        self.scheduler._left(self)  # noqa: SLF001  (the two are one mechanism)
-        return trio.lowlevel.Abort.SUCCEEDED
-
-
-_Heap = list[tuple[float, float, int, _Waiter]]
-_NEVER = (math.inf, 0)
-
-
-@attrs.define(eq=False)
-class _Rank:
-    """Those of one priority who wait."""
-
-    waiting: int = 0
-    now: float = 0.0
-    """The turn that was served last."""
-    _next: dict[str, float] = attrs.field(factory=dict)
-    """The next turn of each client that had one of late."""
-    _by_age: _Heap = attrs.field(factory=list)
-    _by_turn: _Heap = attrs.field(factory=list)
-
-    def add(self, waiter: _Waiter, number: int) -> None:
-        ticket = waiter.ticket
-        if not ticket.requeued:
-            ticket.turn = max(self.now, self._next.get(ticket.client, 0.0))
-            self._next[ticket.client] = ticket.turn + 1.0 / ticket.weight
-            if len(self._next) > 2 * self.waiting + FORGOTTEN_CLIENTS:
-                self._next = {client: turn for client, turn in self._next.items() if turn > self.now}
-        else:  # it has had its turn, which the end of a queue may have made a late one
-            ticket.turn = min(ticket.turn, self.now)
-        self.waiting += 1
-        heapq.heappush(self._by_age, (ticket.key, ticket.turn, number, waiter))
-        heapq.heappush(self._by_turn, (ticket.turn, ticket.key, number, waiter))
-
-    def remove(self, waiter: _Waiter) -> None:
-        """It stays where it is in the heaps until it is on top, or they are mostly such as it."""
-        waiter.gone = True
-        self.waiting -= 1
-        if not self.waiting:
-            self.now = 0.0
-            self._next.clear()
-        if len(self._by_age) > 2 * self.waiting:
-            self._by_age = _without_gone(self._by_age)
-        if len(self._by_turn) > 2 * self.waiting:
-            self._by_turn = _without_gone(self._by_turn)
-
-    def key(self) -> tuple[float, int]:
-        """Of the oldest, and which one that was of all; infinite if nobody waits."""
-        if not self.waiting:
-            return _NEVER
-        key, _, number, _ = _top(self._by_age)
-        return key, number
-
-    def next(self) -> _Waiter:
-        """Whose turn it is."""
-        return _top(self._by_turn)[3]
-
-    def all(self) -> list[_Waiter]:
-        return [waiter for *_, waiter in self._by_turn if not waiter.gone]
-
-
-def _without_gone(heap: _Heap) -> _Heap:
-    heap = [entry for entry in heap if not entry[3].gone]
-    heapq.heapify(heap)
-    return heap
-
-
-def _top(heap: _Heap) -> tuple[float, float, int, _Waiter]:
-    while heap[0][3].gone:
-        heapq.heappop(heap)
-    return heap[0]
-
-
 @attrs.define(eq=False, kw_only=True)
 class Scheduler:
     """The slots and the queue of one model."""
@@ -207,13 +81,17 @@ class Scheduler:
     changed: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when more or fewer wait or hold a lease."""
 
+    opens_in: Callable[[], float | None] = attrs.field(default=lambda: None)
+    """Seconds until there is a backend, as far as that is known."""
+    pace: Pace = attrs.field(factory=Pace)
+
     backend: Backend | None = None
     _free: list[Slot] = attrs.field(factory=list)
     _aside: list[Slot] = attrs.field(factory=list)
     """Slots that are free, and kept so for who is to be alone."""
     _alone: Lease | None = None
     """Of who is."""
-    _ranks: dict[Priority, _Rank] = attrs.field(factory=lambda: {priority: _Rank() for priority in Priority})
+    _ranks: dict[Priority, Rank] = attrs.field(factory=lambda: {priority: Rank() for priority in Priority})
     _order: "itertools.count[int]" = attrs.field(factory=itertools.count)
     waiting: int = 0
     """Requests that wait for a slot."""
@@ -251,13 +129,15 @@ class Scheduler:
             return self._grant(ticket, self._free.pop())
         # while no backend is open its slots are still to come: those who will get them do not wait for each other
         room = self.max_waiting + (self.slots if self.backend is None else 0)
-        if not ticket.requeued and self.waiting >= room:
-            raise QueueFull(
-                f"{self.waiting} requests wait for model {self.alias!r}, as many as may",
-                param="model",
-                details={"model": self.alias, "queued": self.waiting},
-            )
-        waiter = _Waiter(ticket, trio.lowlevel.current_task(), self)
+        if not ticket.requeued:
+            ahead = self.ahead(ticket)
+            if self.waiting >= room:
+                why = f"{self.waiting} requests wait for model {self.alias!r}, as many as may"
+                raise self._refusal(QueueFull, why, ticket, ahead)
+            ticket.position = ahead + 1
+            if ticket.due < math.inf:
+                self._check_due(ticket, ahead)
+        waiter = Waiter(ticket, trio.lowlevel.current_task(), self._left)
         self._enqueue(waiter)
         self.changed()
         if self.backend is None:
@@ -266,22 +146,69 @@ class Scheduler:
         with trio.CancelScope(deadline=ticket.deadline):
             lease: Lease = await trio.lowlevel.wait_task_rescheduled(waiter.abort)
             return lease
-        waited = trio.current_time() - ticket.arrived_at
-        raise QueueTimeout(
-            f"no slot of model {self.alias!r} became free within {waited:.1f} s",
-            param="model",
-            details={"model": self.alias, "queued": self.waiting},
-        )
+        now = trio.current_time()
+        kind = DeadlineExceeded if now >= ticket.due else QueueTimeout
+        why = f"no slot of model {self.alias!r} became free within {now - ticket.arrived_at:.1f} s"
+        raise self._refusal(kind, why, ticket, self.ahead(ticket))
 
-    def _enqueue(self, waiter: _Waiter) -> None:
+    def _check_due(self, ticket: Ticket, ahead: int) -> None:
+        """Raise DeadlineUnreachable if it would wait for longer than its client does."""
+        ticket.expected_seconds = seconds = self.expected(ticket, ahead)
+        left = ticket.due - trio.current_time()
+        if seconds is not None and seconds > left:
+            why = f"model {self.alias!r} has a slot for this in about {seconds:.1f} s, its deadline is in {left:.1f} s"
+            raise self._refusal(DeadlineUnreachable, why, ticket, ahead)
+
+    def _refusal(self, kind: type[RouterError], why: str, ticket: Ticket, ahead: int) -> RouterError:
+        """One that says where in the queue a request would be, and for how long."""
+        seconds = self.expected(ticket, ahead)
+        details: dict[str, Any] = {
+            "model": self.alias,
+            "queued": self.waiting,
+            "queue_position": ahead + 1,
+            "estimated_wait_ms": None if seconds is None else round(1000 * seconds),
+        }
+        return kind(why, param="model", details=details, retry_after_seconds=retry_after(seconds))
+
+    def ahead(self, ticket: Ticket) -> int:
+        """About how many of those who wait would be served before one with such a ticket that comes now."""
+        return sum(
+            rank.ahead(ticket.client) if priority is ticket.priority
+            else rank.waiting if priority.steps < ticket.priority.steps
+            else rank.older(ticket.key)
+            for priority, rank in self._ranks.items()
+            if rank.waiting
+        )  # fmt: skip
+
+    def expected(self, ticket: Ticket, ahead: int) -> float | None:
+        """Seconds until one with such a ticket, and so many ahead, gets a slot; None: too little was measured."""
+        seconds = self.expected_wait(ahead)
+        if seconds is None:
+            return None
+        steps, now = ticket.priority.steps, trio.current_time()
+        for better in reversed(range(steps)):
+            aging = (ticket.key - ticket.arrived_at) / steps
+            seconds = overtaken(seconds, self.pace.share(better, self.slots, now), aging * (steps - better))
+        return seconds
+
+    def expected_wait(self, ahead: int) -> float | None:
+        """The same as long as nobody comes who goes first."""
+        backend = self.backend
+        if backend is None:
+            return expected_wait(self.pace, ahead=ahead, slots=self.slots, elapsed=(), opens_in=self.opens_in())
+        now = trio.current_time()
+        elapsed = [now - slot.since for slot in backend.slots if slot not in self._free and slot not in self._aside]
+        return expected_wait(self.pace, ahead=ahead, slots=len(backend.slots), elapsed=elapsed, opens_in=0.0)
+
+    def _enqueue(self, waiter: Waiter) -> None:
         self._ranks[waiter.ticket.priority].add(waiter, next(self._order))
         self.waiting += 1
 
-    def _dequeue(self, waiter: _Waiter) -> None:
+    def _dequeue(self, waiter: Waiter) -> None:
         self._ranks[waiter.ticket.priority].remove(waiter)
         self.waiting -= 1
 
-    def _left(self, waiter: _Waiter) -> None:
+    def _left(self, waiter: Waiter) -> None:
         """The waiter gives up."""
         self._dequeue(waiter)
         self.changed()
@@ -326,7 +253,7 @@ class Scheduler:
 
     def _grant(self, ticket: Ticket, slot: Slot) -> Lease:
         self.active += 1
-        ticket.granted_at = trio.current_time()
+        ticket.granted_at = slot.since = trio.current_time()
         self.changed()
         lease = Lease(slot, self)
         if ticket.alone:
@@ -365,7 +292,7 @@ class Scheduler:
     def _dispatch(self) -> None:
         """Hand free slots to those who are next."""
         while self._free and self.waiting:
-            rank = min(self._ranks.values(), key=_Rank.key)
+            rank = min(self._ranks.values(), key=Rank.key)
             waiter = rank.next()
             if waiter.ticket.alone and self._busy:
                 self._set_aside()

@@ -148,6 +148,8 @@ class RequestFinished:
     duration_seconds: float
     waited_seconds: float | None = None
     """From its place in the queue to its last slot; None when it got none."""
+    held_seconds: float | None = None
+    """From its last slot to its end."""
     queue_seconds: float | None = None
     """From its arrival to its slot; None when no answer of a backend began."""
     incarnation: int | None = None

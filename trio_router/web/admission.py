@@ -3,6 +3,7 @@
 import functools
 import ipaddress
 import itertools
+import math
 import re
 import secrets
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from trio_router.config.tables import key_digest
 from trio_router.errors import (
     HostNotAllowed,
     InvalidApiKey,
+    InvalidDeadline,
     InvalidJSON,
     InvalidPriority,
     MissingModel,
@@ -23,7 +25,7 @@ from trio_router.errors import (
     UnsupportedMediaType,
     shown,
 )
-from trio_router.fleet.scheduler import Priority
+from trio_router.fleet.ticket import Priority
 from trio_router.web.keys import Holder, key_holders
 
 INFERENCE_PATHS: Final = frozenset(
@@ -52,6 +54,7 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([^\s:@/\\?#\[\],]+?)\.?)(?::[0-9]*)?")
 """RFC 9110 section 7.2, for names as they are in use. No user before an `@`, nothing after the port."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+MILLISECONDS = re.compile(r"0*[1-9][0-9]{0,11}")
 PRIORITIES: Final = {priority.label: priority for priority in Priority}
 
 
@@ -74,6 +77,18 @@ def priority(sent: str | None) -> Priority:
         raise InvalidPriority(
             f"X-Request-Priority is {shown(sent)}; it may be high, normal or low", param="X-Request-Priority"
         ) from None
+
+
+def deadline_seconds(sent: str | None) -> float:
+    """What `X-Request-Deadline-Ms` says; infinite if absent. Raises InvalidDeadline."""
+    if sent is None:
+        return math.inf
+    if not MILLISECONDS.fullmatch(sent.strip()):
+        raise InvalidDeadline(
+            f"X-Request-Deadline-Ms is {shown(sent)}; it may be a whole number of milliseconds, 1 or more",
+            param="X-Request-Deadline-Ms",
+        )
+    return int(sent) / 1000
 
 
 def check_encoding(sent: str | None) -> None:

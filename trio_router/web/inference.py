@@ -4,6 +4,7 @@
 and returns an `Answer` that has begun; leaving it gives the slot back, and tells what became of the request.
 """
 
+import math
 import re
 import time
 from types import TracebackType
@@ -12,13 +13,20 @@ import attrs
 import trio
 
 from trio_router.backend.connection import Headers
-from trio_router.errors import MissingModel, ModelNotLoaded, RouterError, TimedOut
+from trio_router.errors import (
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    MissingModel,
+    ModelNotLoaded,
+    RouterError,
+    TimedOut,
+)
 from trio_router.fleet.dispatch import dispatch
 from trio_router.fleet.registry import Registry
-from trio_router.fleet.scheduler import Priority, Ticket
+from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
-from trio_router.web.admission import check_encoding, priority, read_wish
+from trio_router.web.admission import check_encoding, deadline_seconds, priority, read_wish
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
 from trio_router.web.stoppable import Stoppable
@@ -39,6 +47,8 @@ class Asked:
     holder: Holder | None = None
     """Whose key it came with; None where none is needed."""
     priority: Priority = Priority.NORMAL
+    deadline_seconds: float = math.inf
+    """How long after its arrival its client waits no longer for it to begin."""
     autoload: bool = True
     """Whether a model may be loaded for it: llama-server's router takes `?autoload=false`."""
     problem: RouterError | None = None
@@ -56,6 +66,7 @@ class Asked:
         try:
             check_encoding(_text(fields.get(b"content-encoding")))
             asked.priority = priority(_text(fields.get(b"x-request-priority")))
+            asked.deadline_seconds = deadline_seconds(_text(fields.get(b"x-request-deadline-ms")))
         except RouterError as error:
             asked.problem = error
         return asked
@@ -127,18 +138,24 @@ class Exchange:
         asked = self.asked
         if asked.problem is not None:
             raise asked.problem.again()
-        self._ticket = ticket = self.registry.ticket(self.alias or self._wanted(), asked.priority, self.client)
+        due = self.arrived_at + asked.deadline_seconds
+        self._ticket = ticket = self.registry.ticket(self.alias or self._wanted(), asked.priority, self.client, due=due)
         if not asked.autoload and self.registry.models[ticket.alias].supervisor.backend is None:
             raise ModelNotLoaded(f"model {ticket.alias!r} is not loaded, and autoload=false", param="model")
         if asked.holder is not None:
             allowed = asked.holder.enter(ticket.alias, ticket.priority)
             self._entered = True
-            self._ticket = ticket = self.registry.ticket(ticket.alias, allowed, asked.holder.name, asked.holder.weight)
+            self._ticket = ticket = self.registry.ticket(
+                ticket.alias, allowed, asked.holder.name, asked.holder.weight, due
+            )
+        if due < ticket.arrived_at:
+            raise DeadlineExceeded("the deadline passed before the body was there", param="X-Request-Deadline-Ms")
         outgoing = Outgoing(asked.start, self.body, self.request_id)
         if self.registry.config.system.stop_at_once and self.alias is None:
             outgoing.stoppable = self._stoppable()
         lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
-        return Answer(asked.path, lease, opened, (ticket.granted_at or 0.0) - self.arrived_at)
+        waited = (ticket.granted_at or 0.0) - self.arrived_at
+        return Answer(asked.path, lease, opened, waited, ticket.position, ticket.expected_seconds)
 
     def _wanted(self) -> str:
         """The model that the body names; the default one where that is to answer for others. Raises MissingModel."""
@@ -186,6 +203,7 @@ class Exchange:
         )
         if ticket is not None and ticket.granted_at is not None:
             event.waited_seconds = ticket.granted_at - ticket.arrived_at
+            event.held_seconds = self._ended_at - ticket.granted_at
         if answer is not None:
             usage = usage_of(answer.opened.first[:HEAD_BYTES], answer.tail)
             event.queue_seconds = answer.queue_seconds
@@ -227,14 +245,18 @@ def first_token_seconds(answer: Answer, first_byte_seconds: float | None, usage:
 
 def outcome_of(error: BaseException | None, status: int) -> Outcome:
     """How an operator counts a request that ended with `error`, or with a backend's `status`."""
-    if isinstance(error, TimedOut):
-        return Outcome.TIMEOUT
     if isinstance(error, RouterError):
-        if error.status == 503 and status == 503:
-            return Outcome.REJECTED
-        return Outcome.CLIENT_ERROR if error.status < 500 else Outcome.BACKEND_ERROR
+        return _outcome_of(error, status)
     if isinstance(error, Exception) and status == INTERNAL_ERROR:  # a bug of ours, before there was an answer
         return Outcome.BACKEND_ERROR
     if error is not None:  # cancelled, or the way out to the client broke: either way it is the client who left
         return Outcome.CANCELLED
     return Outcome.OK if status < 400 else Outcome.CLIENT_ERROR if status < 500 else Outcome.BACKEND_ERROR
+
+
+def _outcome_of(error: RouterError, status: int) -> Outcome:
+    if isinstance(error, DeadlineUnreachable) or error.status == status == 503:
+        return Outcome.REJECTED
+    if isinstance(error, TimedOut):
+        return Outcome.TIMEOUT
+    return Outcome.CLIENT_ERROR if error.status < 500 else Outcome.BACKEND_ERROR

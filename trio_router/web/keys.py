@@ -9,7 +9,7 @@ from trio_router.config.environment import API_KEY
 from trio_router.config.schema import ApiConfig, KeyConfig
 from trio_router.config.tables import key_digest
 from trio_router.errors import AdminRequired, ModelNotAllowed, TooManyRequests
-from trio_router.fleet.scheduler import Priority
+from trio_router.fleet.ticket import Priority
 
 ANY_MODEL: Final = "*"
 

@@ -87,6 +87,12 @@ ALIAS: Final = _parameter("alias", "path", {"type": "string", "minLength": 1}, "
 PRIORITY: Final = _parameter(
     "X-Request-Priority", "header", {"enum": ["high", "normal", "low"]}, "Who goes first; in any case of letters."
 )
+DEADLINE: Final = _parameter(
+    "X-Request-Deadline-Ms",
+    "header",
+    {"type": "integer", "minimum": 1},
+    "How long the client waits until the request begins; 504 at once if that cannot be met.",
+)
 REQUEST_ID: Final = _parameter(
     "X-Request-ID", "header", STRING, "Comes back if it is 1 to 128 visible ASCII characters; else one is made."
 )
@@ -159,7 +165,7 @@ def _inference(path: str) -> Endpoint:
         tag="inference",
         answers={200: (JSON, ANY)},
         errors=(404, 408, 413, 415, 429, 500, 501, 502, 503, 504),
-        parameters=(PRIORITY,),
+        parameters=(PRIORITY, DEADLINE),
         body="InferenceRequest",
         error=_object(error=OBJECT),  # llama-server's own errors have other fields
         streams=True,

@@ -21,6 +21,7 @@ NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"host",
     b"origin",  # checked already; llama-server would answer with CORS headers of its own
     b"x-api-key",
+    b"x-request-deadline-ms",
     b"x-request-id",  # sent once, as we name the request
     b"x-request-priority",
 }
@@ -126,6 +127,10 @@ class Answer:
     lease: Lease
     opened: Opened
     queue_seconds: float
+    queue_position: int = 0
+    """Its request's place in the queue when it arrived."""
+    estimate_seconds: float | None = None
+    """How long it was expected to wait, if that was asked."""
     error: RouterError | None = None
     """What ended it before its time, if something did."""
     _last: list[bytes] = attrs.field(factory=list)
@@ -168,6 +173,9 @@ class Answer:
         if (length := self.opened.head.get(b"content-length")) is not None:
             headers.append((b"content-length", length))
         headers.append((b"x-queue-time-ms", b"%d" % round(self.queue_seconds * 1000)))
+        headers.append((b"x-queue-position", b"%d" % self.queue_position))
+        if self.estimate_seconds is not None:
+            headers.append((b"x-queue-estimate-ms", b"%d" % round(self.estimate_seconds * 1000)))
         return headers
 
     def header_lines(self) -> bytes:
@@ -176,10 +184,14 @@ class Answer:
         lines: bytes | None = head.memo.get("lines")
         if lines is None:
             lines = head.memo["lines"] = b"".join([b"%b: %b\r\n" % header for header in self._kept()])
-        wait = round(self.queue_seconds * 1000)
+        if self.estimate_seconds is not None:
+            lines += b"x-queue-estimate-ms: %d\r\n" % round(self.estimate_seconds * 1000)
+        wait, position = round(self.queue_seconds * 1000), self.queue_position
         if head.length is None:
-            return b"%bx-queue-time-ms: %d\r\n" % (lines, wait)
-        return b"%bcontent-length: %d\r\nx-queue-time-ms: %d\r\n" % (lines, head.length, wait)
+            return b"%bx-queue-time-ms: %d\r\nx-queue-position: %d\r\n" % (lines, wait, position)
+        return b"%bcontent-length: %d\r\nx-queue-time-ms: %d\r\nx-queue-position: %d\r\n" % (
+            lines, head.length, wait, position,
+        )  # fmt: skip
 
     async def receive(self) -> bytes:
         """The next bytes for the client, b"" at the end.

@@ -1,0 +1,52 @@
+"""What a request has in its hands while it waits: a place in the order of things."""
+
+import enum
+import math
+
+import attrs
+
+
+class Priority(enum.Enum):
+    """What a client asks for in `X-Request-Priority`; the value is the seed's number."""
+
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+
+    def __init__(self, value: int) -> None:
+        self.label = self.name.lower()
+        """The name as clients write it."""
+        self.steps = value - 1
+        """How far below high."""
+
+
+@attrs.define(eq=False, kw_only=True)
+class Ticket:
+    """A request's place in the order of things; kept when the request is queued again."""
+
+    alias: str
+    priority: Priority
+    arrived_at: float
+    """Trio time."""
+    deadline: float
+    """Trio time after which the request no longer waits for a slot."""
+    key: float
+    """Of the priority whose oldest waiter has the smallest, somebody is served next."""
+    client: str = ""
+    """Who shares fairly with others: the name of a key, or an address."""
+    weight: float = 1.0
+    """Of this client's share."""
+    turn: float = 0.0
+    """Inside a priority, smaller is served earlier: answers since the queue was empty last."""
+    requeued: bool = False
+    """Whether it was admitted before: the queue's bound does not apply again."""
+    alone: bool = False
+    """Whether it is to have a backend for itself."""
+    granted_at: float | None = None
+    """Trio time at which it got a slot, the last one if there were several."""
+    due: float = math.inf
+    """Trio time at which its client waits no longer."""
+    position: int = 0
+    """Its place in the queue when it arrived; 0 if there was a slot for it."""
+    expected_seconds: float | None = None
+    """How long it was expected to wait then, if anybody asked."""
