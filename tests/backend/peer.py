@@ -1,9 +1,10 @@
 """The other end of a connection: a scripted llama-server in the same loop, virtual time or not."""
 
 import os
+import resource
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -53,6 +54,20 @@ async def read_request(stream: trio.SocketStream) -> bytes:
 def descriptors() -> set[str]:
     """What this process has open."""
     return set(os.listdir("/proc/self/fd"))  # noqa: PTH208  (names, of which one is gone before it can be looked at)
+
+
+@contextmanager
+def no_files_left(more: int = 0) -> Iterator[None]:
+    """So many descriptors more may be opened, and then no other."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.dup(0) for _ in range(more + 1)]  # the lowest numbers there are
+    for descriptor in free:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def until(look: Callable[[], object], seconds: float = 5.0) -> None:

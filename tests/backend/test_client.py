@@ -4,10 +4,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from tests.backend.peer import answer, listening, read_request
+from tests.backend.peer import answer, listening, no_files_left, read_request
 from trio_router.backend import client as module
 from trio_router.backend.address import Address
-from trio_router.backend.client import MAX_ANSWER_BYTES, NoAnswer, backend_client
+from trio_router.backend.client import MAX_ANSWER_BYTES, NoAnswer, NoFiles, backend_client
 
 
 def always(data: bytes, record: list[bytes] | None = None):
@@ -69,6 +69,13 @@ async def test_a_server_that_is_silent_or_gone(sockets, autojump_clock: MockCloc
         async with backend_client(nobody) as client:
             with pytest.raises(NoAnswer, match="ConnectError"):
                 await client.healthy()
+
+
+async def test_a_lack_of_descriptors_says_nothing_of_the_server(sockets):
+    async with listening(sockets / "a.sock", always(answer(b"{}"))) as address, backend_client(address) as client:
+        with no_files_left(), pytest.raises(NoFiles, match="/health"):
+            await client.healthy()
+        assert await client.healthy()
 
 
 async def test_one_byte_a_second_is_not_an_answer(sockets, autojump_clock: MockClock):

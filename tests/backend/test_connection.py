@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.backend.peer import answer, descriptors, linked, listening, read_request, say
+from tests.backend.peer import answer, descriptors, linked, listening, no_files_left, read_request, say
 from trio_router.backend import connection as module
 from trio_router.backend.address import Address
 from trio_router.backend.connection import HOP_BY_HOP, MAX_HEAD_BYTES, AnswerHead, BackendLost, Connection
@@ -653,6 +653,9 @@ async def test_nobody_listens(sockets):
     with pytest.raises(BackendLost, match=r"cannot connect to .*gone.sock: No such file"):
         await Connection.open(Address(path=str(sockets / "gone.sock")))
     (sockets / "file.sock").touch()
+    with no_files_left(), pytest.raises(BackendLost, match=r"cannot connect to .*: Too many open files") as caught:
+        await Connection.open(Address(path=str(sockets / "gone.sock")))
+    assert caught.value.unsent
     with pytest.raises(BackendLost, match="Connection refused"):
         await Connection.open(Address(path=str(sockets / "file.sock")))
     with socket.socket() as free:

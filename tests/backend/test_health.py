@@ -6,7 +6,7 @@ from trio.testing import MockClock
 
 from tests.backend.peer import answer, listening, read_request
 from trio_router.backend.address import Address
-from trio_router.backend.client import NoAnswer, backend_client
+from trio_router.backend.client import NoAnswer, NoFiles, backend_client
 from trio_router.backend.health import MAX_CONSECUTIVE_FAILURES, READY_POLL_SECONDS, Health, until_ready, watch
 
 
@@ -23,7 +23,7 @@ class Scripted:
         await trio.sleep(self.seconds)
         found = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         if isinstance(found, str):
-            raise NoAnswer(found)
+            raise NoFiles(found) if found == "files" else NoAnswer(found)
         return found
 
 
@@ -72,6 +72,14 @@ async def test_one_good_answer_forgives(autojump_clock: MockClock):
     client, health = Scripted("a", "b", True, False, "c", True, "d", "e", "f"), Health()
     assert await watch(client, health, 5) == "failed 3 health checks in a row, the last with: f"
     assert (health.checks, health.failures) == (9, 7)
+
+
+async def test_without_descriptors_there_is_no_verdict(autojump_clock: MockClock):
+    client, health = Scripted("it hangs", "it hangs", *["files"] * 20, "it hangs"), Health()
+    with trio.fail_after(100):
+        assert await watch(client, health, 30.0) == "failed 3 health checks in a row, the last with: it hangs"
+    assert len(client.times) == 23
+    assert health.checks == 3
 
 
 async def test_loading_again_counts_as_a_failure(autojump_clock: MockClock):

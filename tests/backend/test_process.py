@@ -4,12 +4,13 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 import trio
 
-from tests.backend.peer import descriptors, until
+from tests.backend.peer import descriptors, no_files_left, until
 from tests.harness.processes import command_line, is_alive, memory_bytes, wait_until
 from trio_router.backend.logtail import MAX_LINES
 from trio_router.backend.process import ServerProcess
@@ -45,6 +46,12 @@ async def running(script: str) -> AsyncIterator[ServerProcess]:
             yield process
         finally:
             await process.stop_within(0)
+
+
+def children() -> set[str]:
+    """Of this process."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {pid for task in tasks for pid in (task / "children").read_text().split()}
 
 
 async def until_said(process: ServerProcess, line: str) -> None:
@@ -137,6 +144,19 @@ async def test_it_is_abandoned_when_not_even_sigkill_ends_it(monkeypatch):
         process.popen.kill()
         process.popen.wait()
         os.close(process._output)
+
+
+@pytest.mark.parametrize("more", range(6))
+async def test_without_a_descriptor_for_it_there_is_no_process(more):
+    """However far it gets: a pipe for the log, one for the child's error, a pidfd."""
+    before, ours = descriptors(), children()
+    with no_files_left(more), suppress(OSError):
+        process = spawn("sleep 100")
+        assert more > 3
+        await process.stop_within(0)
+        os.close(process._output)
+    assert descriptors() == before
+    assert children() == ours
 
 
 # --- the group --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.backend.peer import descriptors
+from tests.backend.peer import descriptors, no_files_left
 from tests.harness.processes import is_alive, wait_until
 from trio_router.backend.reaper import Reaper, reaping
 
@@ -100,6 +100,21 @@ def test_signals_do_not_end_it_and_if_it_is_killed_there_is_another():
         assert reaper.pid not in {None, first}
     wait_until(lambda: not is_alive(grandchild), timeout_seconds=2)
     end(process)
+
+
+def test_without_descriptors_the_router_goes_on():
+    before = descriptors()
+    reaper = Reaper()
+    for more in range(3):
+        with no_files_left(more):
+            reaper.add(1_000_000 + more)
+            assert reaper.pid is None
+    assert descriptors() == before
+    reaper.add(1_000_010)
+    assert reaper.pid is not None
+    for number in (*range(3), 10):
+        reaper.remove(1_000_000 + number)
+    reaper.close()
 
 
 def test_without_a_shell_the_router_goes_on(monkeypatch):

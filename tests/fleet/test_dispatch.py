@@ -159,6 +159,13 @@ async def test_2_a_backend_that_lives_on_is_not_asked_again(servers: FakeServers
         assert fleet.states == "ready"
 
 
+async def test_2_one_that_cannot_be_reached_is_not_blamed(servers: FakeServers, autojump_clock: MockClock) -> None:
+    async with ready(servers) as fleet:
+        request = Request(fleet, [breaks(BackendLost("cannot connect to x: Too many open files", unsent=True))])
+        with pytest.raises(BackendUnavailable, match=r"^model 'a': cannot connect to x: Too many open files$"):
+            await request.run()
+
+
 @pytest.mark.parametrize("force", [False, True])
 async def test_3_ejected(force: bool, servers: FakeServers, autojump_clock: MockClock) -> None:
     async with ready(servers, drain_timeout_sec=5) as fleet:

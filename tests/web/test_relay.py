@@ -17,6 +17,7 @@ from trio_router.backend.health import expire_silent
 from trio_router.errors import BackendTimeout, BackendUnavailable
 from trio_router.fleet.scheduler import Lease
 from trio_router.web.relay import (
+    MAX_HALF_BYTES,
     NOT_FORWARDED,
     TAIL_BYTES,
     Answer,
@@ -217,7 +218,7 @@ async def all_of(made: Answer) -> list[bytes]:
 
 
 async def test_bytes_come_out_as_they_came():
-    made, connection, scheduler = answer_of(b"two", b"three", first=b"one")
+    made, connection, scheduler = answer_of(b"two", b"three", first=b"one", stream=False)
     assert not made.handed_out
     assert await all_of(made) == [b"one", b"two", b"three"]
     assert made.handed_out
@@ -254,9 +255,32 @@ async def test_a_stream_whose_backend_dies_ends_with_an_event():
 
 
 async def test_a_stream_that_is_cut_within_an_event():
-    made, _, _ = answer_of(BackendLost("gone"), first=b'data: {"a":')
+    """No client has to make sense of half an event; of a very long one it has had a part."""
+    whole = b'data: {"a":1}\n\n'
+    made, _, _ = answer_of(b'data: {"b"', BackendLost("gone"), first=whole + b'data: {"b":')
     pieces = await all_of(made)
+    assert pieces[0] == whole
+    assert event_of(pieces[1])[1]["error"]["code"] == "backend_unavailable"
+    assert pieces[2:] == []
+    made, _, _ = answer_of(b"x" * MAX_HALF_BYTES, BackendLost("gone"), first=b"data: ")
+    pieces = await all_of(made)
+    assert pieces[0] == b"data: " + b"x" * MAX_HALF_BYTES
     assert pieces[1].startswith(b"\n\ndata: ")
+
+
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+async def test_a_stream_comes_event_by_event_whatever_the_pieces(size, line_end):
+    whole = (
+        b"".join(b"event: a" + line_end + b"data: %d" % number + 2 * line_end for number in range(20)) + b"data: no end"
+    )
+    pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+    made, _, _ = answer_of(*pieces[1:], first=pieces[0])
+    found = await all_of(made)
+    assert b"".join(found) == whole
+    assert all(piece.endswith(line_end + line_end) for piece in found[:-1])
+    assert found[-1] == b"data: no end"
+    assert made.handed_out
 
 
 async def test_why_it_died_is_said_if_known():

@@ -4,6 +4,7 @@ One client per incarnation, closed with it. `trust_env=False`, or `HTTP_PROXY` w
 address; `verify=False`, because making a TLS context we never use takes 100 ms.
 """
 
+import errno
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -22,6 +23,10 @@ TIMEOUT = httpx.Timeout(5.0)
 
 class NoAnswer(Exception):
     """Raised when a llama-server does not answer a question of ours as it should."""
+
+
+class NoFiles(NoAnswer):
+    """Raised when there is no file descriptor left to ask with: that says nothing of the llama-server."""
 
 
 @attrs.define(eq=False)
@@ -80,12 +85,23 @@ class BackendClient:
                         if len(body) > most:
                             patience.cancel()  # raising here would leave httpx's generators to the garbage collector
         except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed with its incarnation meanwhile
-            raise NoAnswer(f"{path}: {type(error).__name__} {error}".rstrip()) from error
+            what = NoFiles if _is_shortage(error) else NoAnswer
+            raise what(f"{path}: {type(error).__name__} {error}".rstrip()) from error
         if len(body) > most:
             raise NoAnswer(f"{path} answered more than {most} bytes")
         if patience.cancelled_caught:
             raise NoAnswer(f"{path} did not answer within {TIMEOUT.read:g} s")
         return Answered(answer.status_code, answer.headers, bytes(body))
+
+
+def _is_shortage(error: BaseException) -> bool:
+    """Whether it was a lack of file descriptors in the end."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in {errno.EMFILE, errno.ENFILE}:
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 @attrs.frozen

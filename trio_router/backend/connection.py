@@ -72,13 +72,14 @@ class BackendLost(Exception):
 
     `stale` says that a kept connection was closed under us before one byte of an answer came: llama-server had
     ended an idle connection, and the request can go out again on a fresh one. `silent` says that it said nothing for as
-    long as it may.
+    long as it may. `unsent` says that there was no connection at all: nothing is known of what it would have answered.
     """
 
-    def __init__(self, message: str, *, stale: bool = False, silent: bool = False) -> None:
+    def __init__(self, message: str, *, stale: bool = False, silent: bool = False, unsent: bool = False) -> None:
         super().__init__(message)
         self.stale = stale
         self.silent = silent
+        self.unsent = unsent
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -269,12 +270,15 @@ class Connection:
         """Connect. Raises BackendLost."""
         with trio.move_on_after(CONNECT_SECONDS):
             return await cls._open(address)
-        raise BackendLost(f"no connection to {address} within {CONNECT_SECONDS:g} s")
+        raise BackendLost(f"no connection to {address} within {CONNECT_SECONDS:g} s", unsent=True)
 
     @classmethod
     async def _open(cls, address: Address) -> "Connection":
         family = socket.AF_UNIX if address.path is not None else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        except OSError as shortage:  # of file descriptors, or of memory for one
+            raise BackendLost(f"cannot connect to {address}: {shortage.strerror}", unsent=True) from shortage
         try:
             if address.path is not None:
                 # at once, or not at all: a full backlog is EAGAIN, unix(7)
@@ -291,7 +295,7 @@ class Connection:
             raise
         if error:
             sock.close()
-            raise BackendLost(f"cannot connect to {address}: {os.strerror(error)}")
+            raise BackendLost(f"cannot connect to {address}: {os.strerror(error)}", unsent=True)
         return cls(sock)
 
     @property

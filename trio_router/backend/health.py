@@ -9,7 +9,7 @@ import trio
 
 from trio_router.backend.address import Address
 from trio_router.backend.backend import Backend
-from trio_router.backend.client import BackendClient, NoAnswer
+from trio_router.backend.client import BackendClient, NoAnswer, NoFiles
 
 READY_POLL_SECONDS = 0.02
 """Readiness is noticed within 30 ms: this, and the probe's own 2 ms."""
@@ -61,11 +61,17 @@ async def until_ready(client: BackendClient, address: Address) -> None:
 
 
 async def watch(client: BackendClient, health: Health, interval_seconds: float) -> str:
-    """Probe until the server has failed `MAX_CONSECUTIVE_FAILURES` times in a row; returns what was wrong."""
+    """Probe until the server has failed `MAX_CONSECUTIVE_FAILURES` times in a row; returns what was wrong.
+
+    A probe for which we have no file descriptor is none.
+    """
     while True:
         await trio.sleep(min(interval_seconds, RETRY_SECONDS) if health.consecutive_failures else interval_seconds)
         before = trio.current_time()
-        error = await _probe(client)
+        try:
+            error = await _probe(client)
+        except NoFiles:
+            continue
         health.record(trio.current_time() - before, error)
         if health.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             return f"failed {health.consecutive_failures} health checks in a row, the last with: {error}"
@@ -88,5 +94,7 @@ async def expire_silent(backend: Backend) -> None:
 async def _probe(client: BackendClient) -> str | None:
     try:
         return None if await client.healthy() else "/health answered 503"
+    except NoFiles:
+        raise
     except NoAnswer as error:
         return str(error)

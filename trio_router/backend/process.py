@@ -77,9 +77,16 @@ class ServerProcess:
             raise
         finally:
             os.close(writing)
+        try:
+            pidfd = os.pidfd_open(popen.pid)
+        except OSError:  # no file descriptor left: nobody would notice its end
+            os.close(reading)
+            os.killpg(popen.pid, signal.SIGKILL)
+            popen.wait()
+            raise
         if reaper is not None:
             reaper.add(popen.pid)
-        return cls(popen, os.pidfd_open(popen.pid), reading, reaper)
+        return cls(popen, pidfd, reading, reaper)
 
     @property
     def pid(self) -> int:

@@ -62,6 +62,18 @@ class Reaper:
     def start(self) -> None:
         """Start it, and tell it all."""
         self.close()
+        try:
+            writing = self._spawn()
+        except OSError as error:
+            log.error("no reaper", error=str(error))  # noqa: TRY400  (the sentence says all)
+            return
+        os.set_blocking(writing, False)  # it reads at once; if not, nothing of ours waits for it
+        self._pipe = writing
+        for group in sorted(self._groups):
+            self._write(f"+ {group}\n")
+
+    def _spawn(self) -> int:
+        """Start the process; the end of the pipe that is ours."""
         reading, writing = os.pipe2(os.O_CLOEXEC)
         try:
             self._popen = subprocess.Popen(
@@ -73,16 +85,12 @@ class Reaper:
                 start_new_session=True,
                 cwd="/",
             )
-        except OSError as error:
+        except OSError:
             os.close(writing)
-            log.error("no reaper", error=str(error))  # noqa: TRY400  (the sentence says all)
-            return
+            raise
         finally:
             os.close(reading)
-        os.set_blocking(writing, False)  # it reads at once; if not, nothing of ours waits for it
-        self._pipe = writing
-        for group in sorted(self._groups):
-            self._write(f"+ {group}\n")
+        return writing
 
     def _say(self, line: str) -> None:
         if self._pipe < 0 or not self._write(line):

@@ -6,7 +6,8 @@ place and is tried on the next incarnation. What "try" means, which bytes go whe
 The cases, after a try that ended with a `BackendLost`:
 
 1. The kept connection was stale (llama-server closes idle ones): once more on the same slot, on a fresh one.
-2. The backend lives on: it broke off, or answered what is not HTTP. The client gets 502, nothing is repeated.
+2. The backend lives on: it broke off, or answered what is not HTTP. The client gets 502, nothing is repeated. If
+   it could not even be reached (there is no file descriptor left), 503.
 3. We ended the backend ourselves, because it was ejected or we are shutting down: 503.
 4. The backend died, and so did the one before it under the same request: 502 with the log's last lines. Such a
    request gets no third to kill. But if others were aboard, it may have been one of those: then it is queued again
@@ -88,7 +89,11 @@ def _verdict(
     alias = ticket.alias
     backend = lease.slot.backend
     if backend.lost is None:
-        return BackendBroken(f"the llama-server of model {alias!r} {error}", details={"model": alias})  # 2
+        return (  # 2
+            BackendUnavailable(f"model {alias!r}: {error}", param="model")
+            if error.unsent
+            else BackendBroken(f"the llama-server of model {alias!r} {error}", details={"model": alias})
+        )
     if backend.unloaded:
         if registry.draining:
             return ShuttingDown("the router is shutting down")  # 3

@@ -34,6 +34,9 @@ TAIL_BYTES: Final = 2048
 """How much of an answer's end is kept, for the token counts that stand there."""
 
 MAX_PIECES: Final = 12
+EVENT_ENDS: Final = (b"\n\n", b"\n\r\n")
+MAX_HALF_BYTES: Final = 16 * 1024
+"""An event whose end has not come is held back up to this: if it never comes, no client has to make sense of half of it."""
 
 EVENT_STREAM: Final = b"text/event-stream"
 
@@ -139,6 +142,8 @@ class Answer:
     """The backend's own."""
     _begun: bool = False
     _over: bool = False
+    _half: bytes = b""
+    """The beginning of an event whose end has not come."""
 
     def __attrs_post_init__(self) -> None:
         self.status = self.opened.head.status
@@ -154,7 +159,7 @@ class Answer:
     @property
     def handed_out(self) -> bool:
         """Whether `receive` has returned every byte there is."""
-        return self._begun and self.error is None and self.opened.connection.complete
+        return self._begun and self.error is None and self.opened.connection.complete and not self._half
 
     def _kept(self) -> Headers:
         headers = [
@@ -196,26 +201,39 @@ class Answer:
     async def receive(self) -> bytes:
         """The next bytes for the client, b"" at the end.
 
-        A stream whose backend dies ends with one error event in the words of its endpoint. Raises RouterError for
-        any other answer that cannot be completed: its client must not take what it has for the whole.
+        A stream comes event by event, and if its backend dies it ends with one error event in the words of its
+        endpoint. Raises RouterError for any other answer that cannot be completed: its client must not take what it
+        has for the whole.
         """
-        if not self._begun:
+        while not self._over:
+            try:
+                piece = await self.opened.connection.receive() if self._begun else self.opened.first
+            except BackendLost as lost:
+                self._over, self._half = True, b""
+                self.error = self._lost(lost)
+                if not self.is_stream:
+                    raise self.error from lost
+                return self._passed(error_event(self.endpoint, self.error, cut=not self.tail.endswith(EVENT_ENDS)))
+            self._over = self._begun and not piece
             self._begun = True
-            if self.opened.first:
-                return self._passed(self.opened.first)
-        if self._over:
-            return b""
-        try:
-            piece = await self.opened.connection.receive()
-        except BackendLost as lost:
-            self.error = self._lost(lost)
-        else:
-            self._over = not piece
-            return self._passed(piece)
-        self._over = True
+            if self._half or not piece.endswith(EVENT_ENDS):
+                piece = self._ended(piece)
+            if piece:
+                return self._passed(piece)
+        return b""
+
+    def _ended(self, piece: bytes) -> bytes:
+        """What has come of a stream up to the end of an event, or all there will be; of another answer all."""
         if not self.is_stream:
-            raise self.error
-        return self._passed(error_event(self.endpoint, self.error, cut=not self.tail.endswith(b"\n\n")))
+            return piece
+        piece, self._half = self._half + piece, b""
+        if self._over or piece.endswith(EVENT_ENDS):
+            return piece
+        end = max(piece.rfind(mark) + len(mark) if mark in piece else 0 for mark in EVENT_ENDS)
+        if len(piece) - end > MAX_HALF_BYTES:
+            return piece
+        self._half = piece[end:]
+        return piece[:end]
 
     async def stream(self, pass_on: Callable[[bytes], bool]) -> None:
         """Give `pass_on` what comes next, piece by piece, for as long as that is all there is to do.
@@ -226,7 +244,9 @@ class Answer:
             return
 
         def passed(piece: bytes) -> bool:
-            return pass_on(self._passed(piece))
+            if self._half or not piece.endswith(EVENT_ENDS):
+                piece = self._ended(piece)
+            return not piece or pass_on(self._passed(piece))
 
         await self.opened.connection.stream(passed)
 
