@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_router import errors
-from trio_router.errors import MAX_ECHO, HeadRefused, MethodNotAllowed, RouterError, shown
+from trio_router.errors import (
+    MAX_ECHO,
+    HeadRefused,
+    MethodNotAllowed,
+    RouterError,
+    ServiceUnavailable,
+    TooManyRequests,
+    shown,
+)
 
 ALL = [found for _, found in inspect.getmembers(errors, inspect.isclass) if issubclass(found, RouterError)]
 
@@ -58,7 +66,17 @@ def test_details_stand_beside_the_four_and_a_wait_can_be_named(kind):
         "message": "x", "type": kind.type, "param": "model", "code": kind.code, "model": "qwen", "queued": 3
     }  # fmt: skip
     if kind.status == 503:
-        assert error.headers == [("Retry-After", "60")]
+        assert ("Retry-After", "60") in error.headers
+
+
+@pytest.mark.parametrize("kind", [ServiceUnavailable, TooManyRequests])
+def test_clients_are_not_told_to_wait_longer_than_they_would(kind):
+    assert dict(kind("x", retry_after_seconds=1000).headers)["Retry-After"] == "120"
+
+
+def test_clients_are_told_not_to_repeat_what_stays_as_it_is():
+    permanent = {kind.code for kind in ALL if dict(kind("x").headers).get("x-should-retry") == "false"}
+    assert permanent == {"model_failed", "vram_exhausted", "backend_crashed"}
 
 
 def test_details_are_the_errors_own():

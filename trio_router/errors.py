@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 MAX_ECHO = 100
 """Longest piece of a client's own input, in characters, that a message repeats."""
+MAX_RETRY_AFTER_SECONDS = 120
+"""OpenAI's and Anthropic's clients go by a `Retry-After` of up to two minutes, and by their own ideas beyond it."""
 
 
 def shown(value: str) -> str:
@@ -25,6 +27,8 @@ class RouterError(Exception):
     status: int = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
+    permanent: ClassVar[bool] = False
+    """Whether the same request meets the same fate until somebody does something about it."""
 
     def __init__(
         self,
@@ -48,10 +52,13 @@ class RouterError(Exception):
 
     @property
     def headers(self) -> list[tuple[str, str]]:
-        """Headers that go with it: `Retry-After` on every 429 and 503, `X-Queue-Position` if there was a place."""
-        headers = []
+        """Headers that go with it: `Retry-After` on every 429 and 503, `X-Queue-Position` if there was a place.
+
+        OpenAI's and Anthropic's clients repeat every 429 and 5xx two times, unless `x-should-retry` tells them not to.
+        """
+        headers = [("x-should-retry", "false")] if self.permanent else []
         if self.retry_after_seconds is not None:
-            headers.append(("Retry-After", str(self.retry_after_seconds)))
+            headers.append(("Retry-After", str(min(self.retry_after_seconds, MAX_RETRY_AFTER_SECONDS))))
         elif self.status in {429, 503}:
             headers.append(("Retry-After", "1"))
         if (position := self.details.get("queue_position")) is not None:
@@ -193,6 +200,18 @@ class ModelNotLoaded(InvalidRequest):
     code = "model_not_loaded"
 
 
+class ModelIsRunning(InvalidRequest):
+    """Raised when llama-server's own API is asked to load what is loaded, or being loaded."""
+
+    code = "model_is_running"
+
+
+class ModelIsNotRunning(InvalidRequest):
+    """Raised when llama-server's own API is asked to unload what is not loaded."""
+
+    code = "model_is_not_running"
+
+
 class UnknownModel(RouterError):
     """Raised when no model of router.toml has the name."""
 
@@ -266,6 +285,7 @@ class ModelFailed(ServiceUnavailable):
     """Raised when a model used up its load attempts and nobody has reset it."""
 
     code = "model_failed"
+    permanent = True
 
 
 class ShuttingDown(ServiceUnavailable):
@@ -280,6 +300,7 @@ class InsufficientMemory(RouterError):
     status = 503
     type = "insufficient_vram_error"
     code = "vram_exhausted"
+    permanent = True
 
 
 class BackendBroken(RouterError):
@@ -296,6 +317,7 @@ class BackendCrashed(RouterError):
     status = 502
     type = "server_error"
     code = "backend_crashed"
+    permanent = True
 
 
 class TimedOut(RouterError):

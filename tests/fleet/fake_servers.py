@@ -99,6 +99,10 @@ class FakeServer:
             raise NoAnswer("/props answered 501")
         return {"default_generation_settings": {"n_ctx": self.plan.context}}
 
+    async def meta(self) -> dict[str, Any] | None:
+        await trio.lowlevel.checkpoint()
+        return {"n_params": 1}
+
     async def metrics(self) -> str:
         await trio.lowlevel.checkpoint()
         return "llamacpp:n_decode_total 1\n"

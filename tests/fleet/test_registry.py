@@ -451,7 +451,7 @@ async def test_a_model_is_failed_after_its_attempts(servers: FakeServers, autoju
             "error: unknown argument: --oops"
         )
         assert (error.status, error.details) == (503, {"model": "a", "attempts": 3})
-        assert error.headers == [("Retry-After", "300")]
+        assert error.headers == [("x-should-retry", "false"), ("Retry-After", "120")]  # 300, but clients go by no more
         await wait_all_tasks_blocked()
         assert fleet.of("left:", "load-a") == ["3.75 a left: failed", "3.75 load-a model_failed"]
 
@@ -508,7 +508,7 @@ async def test_a_failed_model_is_tried_once_more_after_a_while(servers: FakeServ
         await trio.sleep(59)
         with pytest.raises(ModelFailed, match="is tried again in 1 s") as caught:
             await fleet.lease("a")
-        assert caught.value.headers == [("Retry-After", "1")]
+        assert caught.value.headers == [("x-should-retry", "false"), ("Retry-After", "1")]
         await trio.sleep(500)
         assert servers.launches["a"] == 3, "nobody asked for it"
         with pytest.raises(ModelFailed, match="is tried again in 60 s"):

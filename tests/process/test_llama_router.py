@@ -29,8 +29,12 @@ def test_load_and_unload(router: RouterProcess) -> None:
     assert set(values(router).values()) == {"unloaded"}
     assert router.post("/models/load", {"model": "org/two"}).json() == {"success": True}
     wait_until(lambda: values(router)["org/two"] == "loaded")
+    again = router.post("/models/load", {"model": "org/two"})
+    assert (again.status_code, again.json()["error"]["code"]) == (400, "model_is_running")
     assert router.post("/models/unload", {"model": "org/two"}).json() == {"success": True}
     assert values(router)["org/two"] == "unloaded"
+    again = router.post("/models/unload", {"model": "org/two"})
+    assert (again.status_code, again.json()["error"]["code"]) == (400, "model_is_not_running")
     assert router.post("/models/load", {"model": "none"}).status_code == 404
     entry = next(each for each in router.get("/models").json()["data"] if each["id"] == "sees")
     assert entry["architecture"] == {"input_modalities": ["text", "image"], "output_modalities": ["text"]}
@@ -39,9 +43,11 @@ def test_load_and_unload(router: RouterProcess) -> None:
 
 def test_what_failed_says_so(router: RouterProcess) -> None:
     router.post("/models/load", {"model": "broken"})
-    wait_until(lambda: values(router)["broken"] == "failed")
+    router.wait_for_status("broken", status="failed")
     entry = next(each for each in router.get("/models").json()["data"] if each["id"] == "broken")
-    assert entry["status"]["failed"] is True
+    assert (entry["status"]["value"], entry["status"]["failed"]) == ("unloaded", True)
+    assert entry["status"]["exit_code"] != 0
+    assert router.get("/v1/models/broken").json()["status"]["value"] == "failed"
 
 
 def test_events(router: RouterProcess) -> None:
@@ -54,11 +60,13 @@ def test_events(router: RouterProcess) -> None:
                 seen.append(json.loads(line.removeprefix("data: ")))
                 if len(seen) == 1:
                     router.post("/models/load", {"model": "one"})
-                if seen[-1].get("data") == {"status": "loaded"}:
+                if seen[-1].get("data", {}).get("status") == "loaded":
                     break
     assert seen[0] == {"model": "*", "event": "models_reload"}
     assert [each["data"]["status"] for each in seen[1:]] == ["loading", "loading", "loaded"]
     assert {(each["model"], each["event"]) for each in seen[1:]} == {("one", "model_status")}
+    assert seen[1]["data"]["progress"]["stages"] == ["text_model"]
+    assert seen[-1]["data"]["info"]["id"] == "one"
 
 
 def test_what_belongs_to_one_model(router: RouterProcess) -> None:
@@ -69,7 +77,8 @@ def test_what_belongs_to_one_model(router: RouterProcess) -> None:
     props = router.get("/props?model=one").json()
     assert props["total_slots"] == 2
     assert router.get("/props?model=one&autoload=false").status_code == 200
-    assert router.get("/slots").status_code == 404
+    nobodys = router.get("/slots")
+    assert (nobodys.status_code, nobodys.json()["error"]["code"]) == (400, "missing_model")
     assert router.get("/slots?model=none").json()["error"]["code"] == "model_not_found"
 
 
@@ -94,6 +103,8 @@ def test_upstream_is_the_llama_server_itself(router: RouterProcess) -> None:
     answer = router.post("/upstream/org/two/v1/chat/completions", body)
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-queue-time-ms"]
+    nonsense = router.request("POST", "/upstream/org/two/v1/chat/completions", content=b'{"messages": [}')
+    assert (nonsense.status_code, nonsense.json()["error"]["code"]) == (400, "invalid_json")
     stats = router.get("/v1/queue/stats").json()["per_model"]["org/two"]
     assert stats["total_requests"] == 1
 

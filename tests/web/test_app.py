@@ -218,12 +218,27 @@ async def test_errors_are_json_with_an_id(sockets, way, method, target, body, co
     async with open_site(sockets, Server()) as site:
         reply = await site.ask(method, target, [*way, ("X-Request-ID", "my-id")], body)
         assert reply.code == code
-        assert reply.headers["x-request-id"] == "my-id"
+        assert reply.headers["x-request-id"] == reply.headers["request-id"] == "my-id"
         if reply.status == 405:
             assert set(reply.headers["allow"].split(", ")) <= {"GET", "POST"}
             assert method not in reply.headers["allow"].split(", ")
         again = await site.ask(method, target, way, body)
         assert again.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("target", ["/v1/messages", "/v1/messages?beta=true", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    ("body", "code"), [(b"nonsense", (400, "invalid_json")), (b'{"model":"b"}', (404, "model_not_found"))]
+)
+async def test_errors_have_what_anthropics_clients_look_for_too(sockets, way, target, body, code):
+    async with open_site(sockets, Server()) as site:
+        reply = await site.ask("POST", target, [*way, ("X-Request-ID", "my-id")], body)
+        assert reply.code == code
+        told = json.loads(reply.body)
+        assert (told["type"], told["request_id"]) == ("error", "my-id")
+        assert set(told["error"]) >= {"message", "type", "param", "code"}
+        other = await site.ask("POST", CHAT, way, body)
+        assert set(json.loads(other.body)) == {"error"}
 
 
 async def test_a_target_without_a_path_is_an_error_like_any_other(sockets):

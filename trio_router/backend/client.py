@@ -48,6 +48,14 @@ class BackendClient:
         """`/props`: what was loaded and with which settings. Raises NoAnswer."""
         return await self._object("/props")
 
+    async def meta(self) -> dict[str, Any] | None:
+        """What `/v1/models` says of the model: sizes, its vocabulary; None: nothing. Raises NoAnswer."""
+        match await self._object("/v1/models"):
+            case {"data": [{"meta": dict(found)}, *_]}:
+                return found
+            case _:
+                return None
+
     async def metrics(self) -> str:
         """`/metrics`, Prometheus text (it needs the flag `--metrics`). Raises NoAnswer."""
         answer = await self._get("/metrics")

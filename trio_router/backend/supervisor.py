@@ -27,7 +27,7 @@ import random
 import signal
 import time
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 import structlog
@@ -152,6 +152,10 @@ class Supervisor:
     """Deaths in a row after readiness, without a request answered between them."""
     context: int | None = None
     """Tokens of one slot, from the last incarnation that was ready."""
+    meta: dict[str, Any] | None = None
+    """What llama-server says of the model's file, from the last incarnation that was ready."""
+    exit_code: int | None = None
+    """Of the last incarnation that ended by itself."""
     started_at: float | None = None
     """Unix time of the spawn of the incarnation at hand."""
     ready_at: float | None = None
@@ -380,6 +384,7 @@ class Supervisor:
         """Ask what was loaded; a server that does not say is no worse a server."""
         try:
             props = await backend.client.props()
+            self.meta = await backend.client.meta()
         except NoAnswer as error:
             log.warning("no properties", model=self.model.alias, error=str(error))
             return
@@ -396,6 +401,7 @@ class Supervisor:
             else ExitKind.KILLED if code is not None and code < 0
             else ExitKind.EXITED
         )  # fmt: skip
+        self.exit_code = code
         self.events.emit(BackendExited(alias=self.model.alias, incarnation=self.incarnation, kind=kind, code=code or 0))
         return kind
 

@@ -134,6 +134,14 @@ def read_wish(body: bytes | bytearray) -> Wish:
     return Wish(model=model, stream=found.stream is not msgspec.UNSET and bytes(found.stream) == b"true")
 
 
+def check_json(body: bytes | bytearray) -> None:
+    """Raise InvalidJSON: llama-server answers 500 then, which clients take for its fault and repeat."""
+    try:
+        read_wish(body)
+    except MissingModel:
+        return
+
+
 _BODY: Final = msgspec.json.Decoder(_Body)
 _MODEL: Final = msgspec.json.Decoder(str)
 

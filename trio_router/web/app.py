@@ -35,14 +35,13 @@ from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
-from trio_router.web import llama_router, logs, models, monitoring, openapi, reload, ui
+from trio_router.web import llama_router, logs, models, monitoring, openapi, reload, responses, ui
 from trio_router.web.admission import INFERENCE_PATHS, Admission, changes_state, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
 from trio_router.web.head import BOTH_LENGTHS
 from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Asked, Exchange, refusal
 from trio_router.web.reload import Reloader
-from trio_router.web.responses import error_response
 from trio_router.web.sse import StreamBody
 from trio_router.web.streams import Streams
 from trio_router.web.streams import add_routes as add_streams
@@ -158,7 +157,7 @@ def _add_admission(app: QuartTrio, admission: Admission, registry: Registry, eve
 
     @app.after_request
     async def finish(response: Response) -> Response:
-        response.headers["X-Request-ID"] = g.get("request_id") or request_id(None)
+        response.headers["X-Request-ID"] = response.headers["Request-ID"] = named()
         _with(response, cors_headers(admission, request.headers.get("Origin")))
         if registry.draining:
             response.headers["Connection"] = "close"
@@ -172,8 +171,18 @@ def _with(response: Response, headers: Headers) -> Response:
     return response
 
 
+def named() -> str:
+    """The id of the request at hand."""
+    if "request_id" not in g:
+        g.request_id = request_id(None)
+    return str(g.request_id)
+
+
 def _add_errors(app: QuartTrio, events: Events) -> None:
     """Every error as a JSON object."""
+
+    def error_response(error: RouterError) -> Response:
+        return responses.error_response(error, request.path, named())
 
     @app.errorhandler(RouterError)
     async def router_error(error: RouterError) -> Response:

@@ -32,6 +32,7 @@ from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer
+from trio_router.web.responses import error_body
 
 log = structlog.get_logger("trio_router.web")
 
@@ -146,7 +147,7 @@ class DataPlane:
             self._known[known.before, known.after] = client.known = known
 
     async def _refuse_head(self, client: ClientSocket, error: HeadRefused) -> None:
-        await self._send_error(client, error, _common(b"", request_id(None)), close=True)
+        await self._send_error(client, error, b"", "", request_id(None), close=True)
         await self._linger(client)
 
     async def _read_raw_head(self, client: ClientSocket, *, answered: bool) -> bytes | None:
@@ -189,7 +190,7 @@ class DataPlane:
             holder = self._admit(head)
         except RouterError as error:
             self.events.ended(partial(refusal, head.path, error, identity, arrived_at))
-            return await self._turn_away(client, error, _common(common, identity))
+            return await self._turn_away(client, error, common, head.path, identity)
         known = Known(
             asked=Asked.of(head.path, head.target, head.headers, holder),
             renewal=self.admission.renewals,
@@ -204,7 +205,6 @@ class DataPlane:
         """Answer a request whose head was admitted; whether the connection can carry another."""
         arrived_at = trio.current_time()
         identity = known.request_id or request_id(None)
-        common = _common(known.common, identity)
         if len(client.received) == length:
             body: bytes | bytearray = client.received
             client.received = b""
@@ -213,7 +213,7 @@ class DataPlane:
                 body = await self._read_body(client, length)
             except RouterError as error:
                 self.events.ended(partial(refusal, known.asked.path, error, identity, arrived_at))
-                return await self._turn_away(client, error, common)
+                return await self._turn_away(client, error, known.common, known.asked.path, identity)
         exchange = Exchange(
             registry=self.registry,
             events=self.events,
@@ -223,30 +223,36 @@ class DataPlane:
             request_id=identity,
             arrived_at=arrived_at,
         )
-        return await self._serve(client, exchange, common, close=known.close)
+        return await self._serve(client, exchange, known.common, close=known.close)
 
-    async def _turn_away(self, client: ClientSocket, error: RouterError, common: bytes) -> bool:
-        await self._send_error(client, error, common, close=True)
+    async def _turn_away(
+        self, client: ClientSocket, error: RouterError, lines: bytes, path: str, identity: str
+    ) -> bool:
+        await self._send_error(client, error, lines, path, identity, close=True)
         await self._linger(client)
         return False
 
-    async def _serve(self, client: ClientSocket, exchange: Exchange, common: bytes, *, close: bool) -> bool:
-        """Have the request answered, and pass the answer on; whether the connection can carry another."""
+    async def _serve(self, client: ClientSocket, exchange: Exchange, lines: bytes, *, close: bool) -> bool:
+        """Have the request answered, and pass the answer on; whether the connection can carry another.
+
+        `lines` are those that every answer has, but for the request's id.
+        """
+        path, identity = exchange.asked.path, exchange.request_id
         try:
             async with exchange as answer:
                 close = close or self.registry.draining
-                await self._relay(client, answer, common, close=close)
+                await self._relay(client, answer, _common(lines, identity), close=close)
         except AnswerCut:
             return False
         except RouterError as error:
             close = close or self.registry.draining
-            await self._send_error(client, error, common, close=close)
+            await self._send_error(client, error, lines, path, identity, close=close)
         except ClientLeft:
             raise
         except Exception:
-            log.exception("internal error", id=exchange.request_id, path=exchange.asked.path)
+            log.exception("internal error", id=identity, path=path)
             bug = InternalError("an internal error; the router's log says more")
-            await self._send_error(client, bug, common, close=True)
+            await self._send_error(client, bug, lines, path, identity, close=True)
             return False
         return not close
 
@@ -311,11 +317,13 @@ class DataPlane:
                     await client.send(out, WRITE_STALL_SECONDS)
                     out = b""
 
-    async def _send_error(self, client: ClientSocket, error: RouterError, common: bytes, *, close: bool) -> None:
-        body = json.dumps(error.body(), ensure_ascii=False).encode()
+    async def _send_error(
+        self, client: ClientSocket, error: RouterError, lines: bytes, path: str, identity: str, *, close: bool
+    ) -> None:
+        body = json.dumps(error_body(error, path, identity), ensure_ascii=False).encode()
         headers: Headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in error.headers]
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        head = _head(error.status, _lines(headers) + common, chunked=False, close=close)
+        head = _head(error.status, _lines(headers) + _common(lines, identity), chunked=False, close=close)
         await client.send(head + body, WRITE_STALL_SECONDS)
 
     async def _linger(self, client: ClientSocket) -> None:
@@ -335,7 +343,9 @@ def _lines(headers: Headers) -> bytes:
 
 
 def _common(lines: bytes, identity: str) -> bytes:
-    return b"%bx-request-id: %b\r\n" % (lines, identity.encode("ascii"))
+    """With the request's id, once for OpenAI's clients and once for Anthropic's."""
+    shown = identity.encode("ascii")
+    return b"%bx-request-id: %b\r\nrequest-id: %b\r\n" % (lines, shown, shown)
 
 
 def _head(status: int, lines: bytes, *, chunked: bool, close: bool) -> bytes:

@@ -26,7 +26,7 @@ from trio_router.fleet.registry import Registry
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
-from trio_router.web.admission import check_encoding, deadline_seconds, priority, read_wish
+from trio_router.web.admission import check_encoding, check_json, deadline_seconds, priority, read_wish
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
 from trio_router.web.stoppable import Stoppable
@@ -138,6 +138,8 @@ class Exchange:
         asked = self.asked
         if asked.problem is not None:
             raise asked.problem.again()
+        if self.alias is not None:
+            check_json(self.body)
         due = self.arrived_at + asked.deadline_seconds
         self._ticket = ticket = self.registry.ticket(self.alias or self._wanted(), asked.priority, self.client, due=due)
         if not asked.autoload and self.registry.models[ticket.alias].supervisor.backend is None:

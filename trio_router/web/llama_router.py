@@ -1,6 +1,7 @@
 """The paths of llama-server's own router mode, so that programs written for it show and steer our models.
 
-Source: "Using multiple models" in llama.cpp's tools/server/README.md. What belongs to one model (`/props`, `/slots`,
+Source: "Using multiple models" in llama.cpp's tools/server/README.md, and a llama-server b10434 in that mode, which a
+test holds these answers against. Ours differ in errors' codes, which are words, and in 404 for unknown models. What belongs to one model (`/props`, `/slots`,
 `/lora-adapters`, each with `?model=`) is answered by its llama-server, which is loaded for it unless `?autoload=false`.
 `/upstream/{alias}/...` is that llama-server itself, its own chat page included; what is asked of it there to compute
 waits for a slot like everything else.
@@ -18,7 +19,8 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 
 from trio_router import __version__
 from trio_router.backend.client import BackendClient, NoAnswer
-from trio_router.errors import BackendUnavailable, ModelNotLoaded
+from trio_router.backend.lifecycle import State
+from trio_router.errors import BackendUnavailable, MissingModel, ModelIsNotRunning, ModelIsRunning, ModelNotLoaded
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import LISTED, listed
@@ -53,7 +55,7 @@ class ModelEvents:
         """A sink: publish what concerns who watches."""
         match event:
             case ModelChanged(alias=alias) if alias in self._registry.models:
-                data = {"status": LISTED[self._registry.models[alias].state]}
+                data = told_status(self._registry.models[alias])
                 self.hub.publish("message", {"model": alias, "event": "model_status", "data": data})
             case Reloaded():
                 self.hub.publish("message", {"model": "*", "event": "models_reload"})
@@ -61,6 +63,41 @@ class ModelEvents:
                 pass
         if self._registry.draining:
             self.hub.close()
+
+
+def entry(model: Model) -> dict[str, Any]:
+    """A model in GET /models: that of GET /v1/models, in llama-server's words where those differ."""
+    told = listed(model)
+    status = {**told["status"], "value": value(model)}
+    if model.state is State.FAILED:
+        status |= {"failed": True, "exit_code": exit_code(model)}
+    more = {"owned_by": "llamacpp", "tags": [], "source": "preset", "can_remove": False, "status": status}
+    if model.state is State.READY:
+        more["meta"] = model.supervisor.meta
+    return {**told, **more}
+
+
+def told_status(model: Model) -> dict[str, Any]:
+    """What `/models/sse` says of a model that changed."""
+    told: dict[str, Any] = {"status": value(model)}
+    match told["status"]:
+        case "loaded":
+            told["info"] = entry(model)
+        case "loading":
+            told["progress"] = {"stages": ["text_model"], "current": "text_model", "value": 0.0}
+        case _:
+            told["exit_code"] = exit_code(model) if model.state is State.FAILED else 0
+    return told
+
+
+def value(model: Model) -> str:
+    """`status.value`: llama-server knows no "failed", and says beside "unloaded" that it did."""
+    return "unloaded" if model.state is State.FAILED else LISTED[model.state]
+
+
+def exit_code(model: Model) -> int:
+    """Of a model that failed; never 0, by which programs see that it did."""
+    return model.supervisor.exit_code or 1
 
 
 def router_props(registry: Registry) -> dict[str, Any]:
@@ -71,7 +108,9 @@ def router_props(registry: Registry) -> dict[str, Any]:
         "models_autoload": True,
         "model_alias": "trio-router",
         "model_path": "none",
-        "default_generation_settings": {"params": {}, "n_ctx": 0},
+        "default_generation_settings": {"params": None, "n_ctx": 0},
+        "ui_settings": {},
+        "cors_proxy_enabled": False,
         "total_slots": sum(model.config.slots for model in registry.models.values()),
         "build_info": f"trio-router {__version__}",
     }
@@ -126,16 +165,21 @@ def _add_all_models(app: QuartTrio, registry: Registry, events: Events) -> None:
 
     @app.get("/models")
     async def router_models() -> Response:
-        return json_response({"object": "list", "data": [listed(model) for model in registry.models.values()]})
+        return json_response({"object": "list", "data": [entry(model) for model in registry.models.values()]})
 
     @app.post("/models/load")
     async def router_load() -> Response:
-        registry.load_soon(await named_model())
+        model = registry.model(await named_model())
+        if model.state.resident and model.retiring is None:
+            raise ModelIsRunning(f"model {model.alias!r} is running already", param="model")
+        registry.load_soon(model.alias)
         return json_response({"success": True})
 
     @app.post("/models/unload")
     async def router_unload() -> Response:
-        await registry.eject(await named_model())
+        model = registry.model(await named_model())
+        if not await registry.eject(model.alias):
+            raise ModelIsNotRunning(f"model {model.alias!r} is not running", param="model")
         return json_response({"success": True})
 
     @app.get("/models/sse")
@@ -154,7 +198,10 @@ def _add_one_model(app: QuartTrio, registry: Registry, infer: Infer) -> None:
         return await passed_on(await loaded(registry, alias), "/props")
 
     async def of_one_model() -> Response:
-        return await passed_on(await loaded(registry, request.args.get("model", "")), request.path)
+        alias = request.args.get("model")
+        if alias is None:
+            raise MissingModel(f"{request.path} is one model's: ?model=ALIAS", param="model")
+        return await passed_on(await loaded(registry, alias), request.path)
 
     for path in OF_ONE_MODEL:
         app.add_url_rule(path, f"of one model {path}", of_one_model, methods=["GET"])
