@@ -29,12 +29,16 @@ class Scripted:
 
 async def test_ready_is_noticed_within_one_poll(autojump_clock: MockClock):
     client = Scripted("refused", "refused", *[False] * 200, True)
-    await until_ready(client, Address(port=1))
+    assert await until_ready(client, Address(port=1)) == 0
     pauses = [after - before for before, after in itertools.pairwise(client.times)]
     assert pauses[0] == pytest.approx(0.003)
     assert all(before <= after + 1e-9 for before, after in itertools.pairwise(pauses))
     assert pauses[-1] == pytest.approx(READY_POLL_SECONDS)
     assert READY_POLL_SECONDS < 0.03
+
+
+async def test_what_the_answer_took_is_returned(autojump_clock: MockClock):
+    assert await until_ready(Scripted(False, True, seconds=0.25), Address(port=1)) == pytest.approx(0.25)
 
 
 async def test_nothing_is_asked_before_the_socket_is_there(sockets, autojump_clock: MockClock):

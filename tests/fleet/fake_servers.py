@@ -107,15 +107,20 @@ class FakeServer:
         await trio.lowlevel.checkpoint()
         return "llamacpp:n_decode_total 1\n"
 
-    async def until_ready(self) -> None:
+    async def until_ready(self) -> float:
         await trio.sleep(self.plan.load_seconds)
         if self.plan.dies_with is not None:
             self.die(self.plan.dies_with)
             await trio.sleep_forever()
+        return PROBE_SECONDS
 
     async def watch(self) -> str:
         await self._ill.wait()
         return self.illness
+
+
+PROBE_SECONDS = 0.002
+"""What the answer took that said that it is ready."""
 
 
 @attrs.define(eq=False, repr=False)
@@ -160,8 +165,8 @@ class FakeServers:
         async def backend_client(address: Address) -> AsyncIterator[FakeServer]:
             yield next(server for server in self.alive.values() if server.pid == address.port)
 
-        async def until_ready(client: FakeServer, address: Address) -> None:
-            await client.until_ready()
+        async def until_ready(client: FakeServer, address: Address) -> float:
+            return await client.until_ready()
 
         async def watch(client: FakeServer, health: Health, interval_seconds: float) -> str:
             return await client.watch()

@@ -1,4 +1,5 @@
 import re
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -9,6 +10,7 @@ from tests.fleet.fake_servers import NEVER, FakeServers
 from tests.fleet.fleet import running
 from trio_router.backend.lifecycle import State
 from trio_router.fleet.status import LISTED, fleet_status, listed, server_status, status, timestamp
+from trio_router.telemetry.events import Event
 
 
 def test_timestamps_say_their_offset() -> None:
@@ -100,6 +102,23 @@ async def test_a_model_that_is_not_ready(
         assert found["error_message"] == (None if state == "loading" else "there is no such file")
         assert (found["started_at"] is None) == (state == "failed")
         assert found["queued"] == (0 if state == "failed" else 1)
+
+
+async def test_it_is_started_anew_before_it_has_a_process(servers: FakeServers, autojump_clock: MockClock) -> None:
+    async with running(servers) as fleet:
+        await fleet.load("a")
+        before = status(fleet["a"])["started_at"]
+        await fleet.eject("a")
+        told: list[str] = []
+
+        def hear(event: Event) -> None:
+            if fleet["a"].state is State.STARTING:
+                told.append(status(fleet["a"])["started_at"])
+
+        time.sleep(0.002)  # noqa: ASYNC251  (of the wall clock, which virtual time does not move)
+        fleet.registry.events.sinks.append(hear)
+        await fleet.load("a")
+        assert told[0] > before
 
 
 async def test_the_whole_fleet(servers: FakeServers, autojump_clock: MockClock) -> None:

@@ -182,6 +182,8 @@ class Supervisor:
         """Change state by the table, and tell."""
         before, self.state = self.state, after(self.state, move)
         self.updated_at = time.time()
+        if move is Move.SPAWN:
+            self.started_at = self.updated_at
         log.debug("model", model=self.model.alias, before=before.value, state=self.state.value)
         self.events.emit(ModelChanged(alias=self.model.alias))
 
@@ -345,7 +347,7 @@ class Supervisor:
         """Wait for readiness, open the gate, watch; returns what was wrong. The process's exit cancels this."""
         async with backend_client(address) as client:
             with trio.move_on_after(self.settings.load_timeout_seconds) as loading:
-                await until_ready(client, address)
+                self.health.record(await until_ready(client, address), None)
             if loading.cancelled_caught:
                 return f"llama-server was not ready {self.settings.load_timeout_seconds:g} s after its start"
             self.backend = Backend(

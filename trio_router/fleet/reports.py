@@ -60,14 +60,12 @@ def _health(model: Model, summary: Summary) -> dict[str, Any]:
     health = model.supervisor.health
     times = health.response_seconds
     well = "degraded" if health.consecutive_failures else "healthy"
-    # to become ready it answered a probe: that is the first one
-    checked = health.last_check if health.last_check is not None else model.supervisor.ready_at
     return {
         "status": well if model.state is State.READY else "down",
         "uptime_percentage": summary.uptime_percentage(model.alias),
         "consecutive_failures": health.consecutive_failures,
         "avg_response_time_ms": round(1000 * sum(times) / len(times), 3) if times else None,
-        "last_check": timestamp(checked),
+        "last_check": timestamp(health.last_check),
         "last_error": health.last_error,
     }
 

@@ -49,6 +49,8 @@ from trio_router.web.streams import add_routes as add_streams
 log = structlog.get_logger("trio_router.web")
 
 ABSOLUTE = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://[^/]*")
+SLASH_COUNTS = (b"/ui/", b"/upstream/")
+"""Below these, a path with a slash at its end is another one than that without."""
 
 # Quart 0.23's word for it; 0.22 has none, and never says it
 ClientGone: type[Exception] = getattr(quart.wrappers, "ClientDisconnectedError", trio.BrokenResourceError)
@@ -148,7 +150,9 @@ def _add_admission(app: QuartTrio, admission: Admission, registry: Registry, eve
         admission.check_host(host)
         admission.check_origin(request.method, host, origin)
         if request.method == "OPTIONS":
-            return _with(Response(b"", 204), preflight_headers(admission, origin))
+            answer = Response(b"", 204)
+            del answer.headers["content-type"], answer.headers["content-length"]  # RFC 9110 section 8.6: 204 has none
+            return _with(answer, preflight_headers(admission, origin))
         g.holder = admission.check_key(request.path, headers.get("Authorization"), headers.get("X-Api-Key"))
         if g.holder is not None and changes_state(request.method, request.path):
             g.holder.check_admin()
@@ -247,10 +251,15 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> llama_
 
 
 def origin_form(path: bytes) -> bytes:
-    """The path alone, of a target that may name scheme and host before it (RFC 9112 section 3.2.2), or be none."""
+    """The path alone, of a target that may name scheme and host before it (RFC 9112 section 3.2.2), or be none.
+
+    Without a slash at its end, where that makes no difference: no alias ends in one.
+    """
     match = ABSOLUTE.match(path)
     if match is not None:
         path = path[match.end() :]
+    if not path.startswith(SLASH_COUNTS):
+        path = path.rstrip(b"/")
     return path if path.startswith(b"/") else b"/" + path
 
 

@@ -35,6 +35,7 @@ _ODD: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"te", b"t
 _ONCE: Final = frozenset({b"host", b"content-length", b"connection"})
 
 
+NO_WEBSOCKETS: Final = "WebSockets are not spoken here; streams are server-sent events"
 BOTH_LENGTHS: Final = "the request has a Content-Length and a Transfer-Encoding"
 
 
@@ -119,7 +120,7 @@ def check_head(raw: bytes) -> None:
     if _CHUNKS.search(raw) and _SIZE.search(raw):
         raise HeadRefused(BOTH_LENGTHS)
     if _WEBSOCKET.search(raw):
-        raise HeadRefused("WebSockets are not spoken here; streams are server-sent events")
+        raise HeadRefused(NO_WEBSOCKETS)
     parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     try:
         parser.receive_data(raw)

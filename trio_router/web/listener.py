@@ -31,13 +31,14 @@ import trio
 from hypercorn.config import Config
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import AppWrapper, ConnectionState
+from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, ConnectionState, Scope
 
 from trio_router.web import dataplane
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.dataplane import HEAD_SECONDS, WRITE_STALL_SECONDS, DataPlane
 from trio_router.web.hangup import Hangups
 from trio_router.web.in_flight import InFlight
+from trio_router.web.refusals import refuse_websocket, worded
 
 log = structlog.get_logger("trio_router.web")
 
@@ -74,6 +75,8 @@ class ClientStream(trio.abc.HalfCloseableStream):
     read_already: bytes = b""
     gone: trio.Event = attrs.field(factory=trio.Event)
     """Set when the client hung up."""
+    refused: bool = False
+    """Whether Hypercorn refused what it read: nothing more is read to it, not even what it left open."""
 
     def __attrs_post_init__(self) -> None:
         self.hangups.watch(self.stream.socket, self.gone.set)
@@ -96,7 +99,9 @@ class ClientStream(trio.abc.HalfCloseableStream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         with trio.move_on_after(WRITE_STALL_SECONDS) as stall:
-            await self.stream.send_all(data)
+            refusal = worded(data)
+            self.refused |= refusal is not None
+            await self.stream.send_all(data if refusal is None else refusal)
         if stall.cancelled_caught:
             self.abort()
             raise trio.BrokenResourceError("the client reads nothing")
@@ -105,6 +110,8 @@ class ClientStream(trio.abc.HalfCloseableStream):
         await self.stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self.refused:
+            return b""
         if self.read_already:
             data, self.read_already = self.read_already[:max_bytes], self.read_already[max_bytes:] if max_bytes else b""
             return data
@@ -134,9 +141,12 @@ class CountedApp:
     app: AppWrapper
     in_flight: InFlight
 
-    async def __call__(self, *arguments: Any) -> None:
+    async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable, *more: Any) -> None:
+        if scope["type"] == "websocket":  # Quart has no route for one, and says so with a traceback
+            await refuse_websocket(send)
+            return
         with self.in_flight:
-            await self.app(*arguments)
+            await self.app(scope, receive, send, *more)
 
 
 @attrs.define(eq=False, kw_only=True)

@@ -32,6 +32,7 @@ def _add_probes(app: QuartTrio, registry: Registry, devices: DeviceMonitor) -> N
     """What orchestrators ask; no key needed."""
 
     @app.get("/health")
+    @app.get("/v1/health")  # as llama-server has it
     async def health() -> Response:
         body, well = _health(registry, devices)
         return json_response(body, 200 if well else 503)

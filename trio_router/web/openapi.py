@@ -308,6 +308,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         for path in ("/props", "/slots", "/lora-adapters")
     ),
     _get("/health", "Is the router well?", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
+    _get("/v1/health", "The same.", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
     _get("/livez", "Is it alive?", _object(status=STRING)),
     _get("/readyz", "Is it to be sent requests?", answers=dict.fromkeys((200, 503), (JSON, _object(status=STRING)))),
     _get("/metrics", "Prometheus.", answers={200: (TEXT, STRING)}),
