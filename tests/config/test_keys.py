@@ -1,5 +1,6 @@
 import pytest
 
+from tests.harness.toml import located
 from trio_router.config import ConfigError, KeyConfig, PriorityBound, load_config
 
 MODELS = '[models.a]\nmodel_path = "a.gguf"\n[models.b]\nmodel_path = "b.gguf"\n'
@@ -60,7 +61,7 @@ def test_the_least_key(load):
 def test_what_is_wrong_with_it(load, tmp_path, text, problem):
     with pytest.raises(ConfigError) as caught:
         load(text)
-    (found,) = [str(each).replace(f"{tmp_path}/", "") for each in caught.value.problems]
+    (found,) = [located(each).replace(f"{tmp_path}/", "") for each in caught.value.problems]
     assert found.startswith(problem)
     assert "se cret" not in found
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.harness.toml import router_toml
+from tests.harness.toml import located, router_toml
 from trio_router.config import ApiConfig, BackendTransport, ConfigError, RouterConfig, SystemConfig, load_config
 
 MODEL = '[models.m]\nmodel_path = "m.gguf"\n'
@@ -25,12 +25,12 @@ def load(tmp_path, monkeypatch):
 
 @pytest.fixture
 def problems(load):
-    """The lines that loading a text ends in."""
+    """What loading a text ends in, each with its line in front."""
 
     def problems(text, **environ):
         with pytest.raises(ConfigError) as caught:
             load(text, **environ)
-        return [str(problem) for problem in caught.value.problems]
+        return [located(problem) for problem in caught.value.problems]
 
     return problems
 
@@ -184,6 +184,7 @@ max_body = 5
         "router.toml:6: system.gpu_devices[2]: expected int, got bool true",
         "router.toml:8: models.qwen.model_path: missing; a path, or 'package:NAME/FILE.gguf'",
         "router.toml:9: models.qwen.flags[3]: expected str, got int 4",
+        "router.toml:9: models.qwen.flags[0]: --host belongs to the router: the router chooses where llama-server listens",
         "router.toml:10: models.qwen.slots: unknown key; known here: model_path, flags",
         "router.toml:12: models.status: reserved: paths under /v1/models/ use eject, failed, load, reset, status themselves",
         "router.toml:16: api.port: expected int, got str '80'",
@@ -316,7 +317,7 @@ def test_text_that_is_no_toml(tmp_path, monkeypatch, content, message):
     with pytest.raises(ConfigError) as caught:
         load_config(Path("router.toml"), {})
     (problem,) = caught.value.problems
-    assert str(problem).startswith(message)
+    assert located(problem).startswith(message)
     assert "(at " not in str(problem)
 
 

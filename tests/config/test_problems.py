@@ -24,7 +24,7 @@ def test_a_key_is_written_as_in_toml(path, written):
     [
         (
             Problem(file="router.toml", line=14, key="models.qwen.slots", message="expected int, got str '3'"),
-            "router.toml:14: models.qwen.slots: expected int, got str '3'",
+            "router.toml: models.qwen.slots: expected int, got str '3' (line 14)",
         ),
         (Problem(file="router.toml", key="models.qwen.flags", message="no"), "router.toml: models.qwen.flags: no"),
         (Problem(file="router.toml", message="no such file"), "router.toml: no such file"),

@@ -1,9 +1,11 @@
-"""Writes a router.toml."""
+"""Writes a router.toml, and says where one is wrong."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from trio_router.config import Problem
 
 Table = Mapping[str, Any]
 
@@ -39,3 +41,9 @@ def router_toml(
         lines.append("[[keys]]")
         lines += [f"{name} = {_value(value)}" for name, value in key.items()]
     return "\n".join([*lines, ""])
+
+
+def located(problem: Problem) -> str:
+    """A problem with its line in front, so that tests can say what they know of its beginning."""
+    place = problem.file if problem.line is None else f"{problem.file}:{problem.line}"
+    return ": ".join(part for part in (place, problem.key, problem.message) if part)

@@ -41,8 +41,8 @@ class Problem:
     """What was found, what is allowed."""
 
     def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return ": ".join(part for part in (place, self.key, self.message) if part)
+        said = ": ".join(part for part in (self.file, self.key, self.message) if part)
+        return said if self.line is None else f"{said} (line {self.line})"
 
 
 class ConfigError(Exception):

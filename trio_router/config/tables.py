@@ -85,8 +85,9 @@ class Report:
             self.add(key, reason)
         values = self.fields(ModelConfig, key, table)
         flags = values.get("flags", ())
-        for index, flag in enumerate(flags):
-            if reason := owned_reason(flag):
+        written = table.get("flags") if isinstance(table, dict) else None
+        for index, flag in enumerate(written if isinstance(written, list) else ()):
+            if isinstance(flag, str) and (reason := owned_reason(flag)):  # also beside one that is no string
                 self.add((*key, "flags", index), reason)
         slots = file = None
         try:
