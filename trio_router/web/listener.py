@@ -22,16 +22,17 @@ import logging
 import resource
 import socket
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import attrs
 import h11
 import structlog
 import trio
 from hypercorn.config import Config
+from hypercorn.events import Closed, Event
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, ConnectionState, Scope
+from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, ConnectionState, Scope
 
 from trio_router.web import dataplane
 from trio_router.web.client_socket import ClientLeft, ClientSocket
@@ -134,19 +135,48 @@ class ClientStream(trio.abc.HalfCloseableStream):
     close = abort
 
 
-@attrs.frozen
-class CountedApp:
-    """The app, with its requests counted among those in flight."""
+@attrs.define(eq=False)
+class ConnectionApp:
+    """The app, as one connection calls it: its requests are counted among those in flight."""
 
     app: AppWrapper
     in_flight: InFlight
+    answered: trio.Event | None = None
+    """Set at the end of the HTTP/1 answer that is under way; None when none is."""
+    answering: trio.lowlevel.Task | None = None
+    """Whose answer that is."""
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable, *more: Any) -> None:
         if scope["type"] == "websocket":  # Quart has no route for one, and says so with a traceback
             await refuse_websocket(send)
             return
-        with self.in_flight:
-            await self.app(scope, receive, send, *more)
+
+        async def noting(message: ASGISendEvent) -> None:
+            if self.answered is None and scope.get("http_version") in {"1.0", "1.1"}:
+                self.answered, self.answering = trio.Event(), trio.lowlevel.current_task()
+            await send(message)
+
+        try:
+            with self.in_flight:
+                await self.app(scope, receive, noting, *more)
+        finally:
+            if self.answered is not None:
+                self.answered.set()
+                self.answered = self.answering = None
+
+
+class ConnectionServer(TCPServer):
+    """Hypercorn's, which lets an answer out before it closes for what came behind its request.
+
+    Bytes after a request whose answer says `Connection: close` break the protocol in h11's eyes. Hypercorn's reader
+    closes at once then, often before the answer's first byte was sent by another task.
+    """
+
+    async def protocol_send(self, event: Event) -> None:
+        app = cast("ConnectionApp", self.app)
+        if isinstance(event, Closed) and app.answered is not None and app.answering is not trio.lowlevel.current_task():
+            await app.answered.wait()
+        await super().protocol_send(event)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -184,10 +214,10 @@ class Connections:
         self.open.add(stream)
         try:
             # it asks of its stream what ClientStream has
-            app = CountedApp(self.app, self.plane.in_flight)
+            app = ConnectionApp(self.app, self.plane.in_flight)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stream.abort_when_gone, nursery.cancel_scope)
-                await TCPServer(app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
+                await ConnectionServer(app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
                 nursery.cancel_scope.cancel()
         except* trio.Cancelled:
             raise
