@@ -5,6 +5,8 @@ Where it and the contract differ (a JSON file, `python run.py`, 0.0.0.0), the co
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,8 @@ import pytest
 
 from tests.conftest import StartRouter
 from tests.harness.processes import wait_until
-from tests.harness.router import RouterProcess
+from tests.harness.router import RouterProcess, clean_environment
+from tests.harness.toml import router_toml
 from trio_router.config import ApiConfig, LlamaServer, ModelConfig, SystemConfig
 
 pytestmark = pytest.mark.process
@@ -28,6 +31,7 @@ HELLO = {
         {"role": "user", "content": "Hello!"},
     ],
 }
+STORY = {"model": "qwen-7b", "messages": [{"role": "user", "content": "Tell me a story"}], "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +124,7 @@ def test_feature_health_monitoring(start_router: StartRouter) -> None:
 def test_feature_streaming_support(router: RouterProcess) -> None:
     with (
         router.client() as client,
-        client.stream("POST", "/v1/chat/completions", json={**HELLO, "stream": True}) as answer,
+        client.stream("POST", "/v1/chat/completions", json=STORY) as answer,
     ):
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in answer.iter_lines() if line]
@@ -228,7 +232,19 @@ def test_environment(start_router: StartRouter, fake_llama: Path, header_gguf: P
     assert router.post("/v1/chat/completions", HELLO, headers=keyed).status_code == 200
 
 
-# CONFIG_PATH: tests/test_cli.py, which reads the file it names
+def test_environment_config_path(tmp_path: Path, header_gguf: Path) -> None:
+    """Which file is read; a given one wins."""
+    models = {"qwen-7b": {"model_path": header_gguf, "flags": []}}
+    (tmp_path / "env.toml").write_text(router_toml(models=models, system={"gpu_devices": [-1]}))
+    (tmp_path / "given.toml").write_text(router_toml(models=models, system={"default_parallel": 0}))
+    for arguments, wrong in (
+        ((), "env.toml: system.gpu_devices: "),
+        (("--config", "given.toml"), "given.toml: system.default_parallel: "),
+    ):
+        command = [sys.executable, "-m", "trio_router", "check", *arguments]
+        environment = clean_environment({"CONFIG_PATH": "env.toml"})
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr[: len(wrong)]) == (2, wrong)
 
 
 # --- "Configuration Reference" ----------------------------------------------------------------------
@@ -279,6 +295,30 @@ def test_common_flag_reaches_llama_server(router: RouterProcess, alias: str, fla
     router.post("/v1/models/load", {"model": alias})
     command = Path(f"/proc/{router.status(alias)['pid']}/cmdline").read_bytes().decode().split("\0")
     assert any(command[at : at + len(flags)] == flags for at in range(len(command)))
+
+
+def test_default_parallel_and_vram_multiplier(start_router: StartRouter) -> None:
+    router = start_router(
+        models={"qwen-7b": [], "llama-3b": ["--parallel", "5"]},
+        system={"default_parallel": 3, "vram_multiplier": 1.5},
+    )
+    assert [router.status(alias)["slots"] for alias in ("qwen-7b", "llama-3b")] == [3, 5]
+    parts = wait_until(lambda: router.get("/v1/models/qwen-7b/footprint").json()["parts"])
+    sizes = {part["name"]: part["bytes"] for part in parts}
+    margin = sizes.pop("margin")
+    assert margin == pytest.approx(0.5 * sum(sizes.values()), rel=0.01)
+
+
+def test_preload_models_by_name_without_idle_timeout(start_router: StartRouter) -> None:
+    router = start_router(
+        models={"qwen-7b": [], "llama-3b": []},
+        system={"preload_models": ["llama-3b"], "enable_idle_timeout": False, "idle_timeout_sec": 0.05},
+    )
+    router.wait_for_status("llama-3b", status="ready")
+    pid = router.status("llama-3b")["pid"]
+    time.sleep(0.5)  # ten times what would unload it
+    assert router.status("llama-3b")["pid"] == pid
+    assert router.status("qwen-7b")["status"] == "off"
 
 
 def test_max_queue_size_per_model(start_router: StartRouter) -> None:

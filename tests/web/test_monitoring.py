@@ -51,6 +51,7 @@ class Watched:
     async def get(self, path: str, status: int = 200) -> Any:
         answer = await self.app.test_client().get(path)
         assert answer.status_code == status, await answer.get_data()
+        assert ("Retry-After" in answer.headers) == (status == 503)
         text = (await answer.get_data()).decode()
         return await answer.get_json() if answer.mimetype == "application/json" else text
 

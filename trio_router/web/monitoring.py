@@ -20,6 +20,9 @@ from trio_router.telemetry.snapshot import telemetry_summary
 from trio_router.telemetry.summary import Summary
 from trio_router.web.responses import json_response
 
+RETRY_AFTER = "1"
+"""Seconds; as for any other 503."""
+
 
 def add_routes(app: QuartTrio, registry: Registry, devices: DeviceMonitor, metrics: Metrics, summary: Summary) -> None:
     """Add them to `app`."""
@@ -34,8 +37,7 @@ def _add_probes(app: QuartTrio, registry: Registry, devices: DeviceMonitor) -> N
     @app.get("/health")
     @app.get("/v1/health")  # as llama-server has it
     async def health() -> Response:
-        body, well = _health(registry, devices)
-        return json_response(body, 200 if well else 503)
+        return _probed(*_health(registry, devices))
 
     @app.get("/livez")
     async def live() -> Response:
@@ -43,7 +45,14 @@ def _add_probes(app: QuartTrio, registry: Registry, devices: DeviceMonitor) -> N
 
     @app.get("/readyz")
     async def ready() -> Response:
-        return json_response({"status": registry.phase}, 200 if registry.phase == "ready" else 503)
+        return _probed({"status": registry.phase}, registry.phase == "ready")
+
+
+def _probed(body: Mapping[str, Any], well: bool) -> Response:
+    response = json_response(body, 200 if well else 503)
+    if not well:
+        response.headers["Retry-After"] = RETRY_AFTER
+    return response
 
 
 def _health(registry: Registry, devices: DeviceMonitor) -> tuple[Mapping[str, Any], bool]:
