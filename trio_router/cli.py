@@ -253,6 +253,9 @@ def _serve(
         warning = {"level": "warning", "event": str(problem)}
         _say(json.dumps(warning) if options.log_format == "json" else f"warning: {problem}", sys.stderr)
 
+    from trio_router.imports import import_without_unused  # noqa: PLC0415
+
+    import_without_unused()
     from trio_router import tree  # noqa: PLC0415
 
     return tree.main(config, server, read, log_format=options.log_format, log_level=options.log_level)
