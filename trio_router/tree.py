@@ -10,6 +10,7 @@
     |- notifier.run                 systemd's watchdog, if it is there
     |- fill_footprints              reads the models' files, at the start and after a reload
     |- streams.run                  heartbeats and numbers for those who watch
+    |- keeper.run                   comments for streams that wait
     `- listener                     last to start
        `- connection ...            holds a lease while it streams
 
@@ -54,6 +55,7 @@ from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
 from trio_router.web.in_flight import InFlight
+from trio_router.web.keepalive import KeepAlive
 from trio_router.web.listener import Connections, bound_port, open_sockets, serve_connections
 from trio_router.web.reload import Reloader
 from trio_router.web.streams import Streams
@@ -118,11 +120,13 @@ async def serve(
     reloader = Reloader(
         read=read, registry=registry, admission=admission, stop=partial(os.kill, os.getpid(), signal.SIGTERM)
     )
+    keeper = KeepAlive()
     app = create_app(
         registry,
         devices,
         events,
         admission=admission,
+        keeper=keeper,
         reloader=reloader,
         streams=streams,
         metrics=metrics,
@@ -141,12 +145,14 @@ async def serve(
             await root.start(devices.run)
             await root.start(fill_footprints, registry, launcher, devices)
             await root.start(streams.run)
+            await root.start(keeper.run)
             await root.start(notifier.run, registry.facts)
             plane = DataPlane(
                 registry=registry,
                 events=events,
                 admission=admission,
                 max_body_bytes=config.api.max_body_bytes,
+                keeper=keeper,
             )
 
             def reloaded(changes: Changes) -> None:

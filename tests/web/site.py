@@ -35,6 +35,7 @@ from trio_router.telemetry.summary import Summary
 from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
+from trio_router.web.keepalive import KeepAlive
 from trio_router.web.listener import Connections
 from trio_router.web.reload import Reloader
 from trio_router.web.streams import Streams
@@ -199,11 +200,13 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
     reloader = Reloader(read=lambda: config, registry=registry, admission=admission, stop=lambda: None)
+    keeper = KeepAlive()
     app = create_app(
         registry,
         devices,
         events,
         admission=admission,
+        keeper=keeper,
         reloader=reloader,
         streams=streams,
         metrics=metrics,
@@ -214,6 +217,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
         events=events,
         admission=admission,
         max_body_bytes=config.api.max_body_mb * 1024 * 1024,
+        keeper=keeper,
     )
     return registry, Connections(app=ASGIWrapper(app), plane=plane)
 
@@ -226,6 +230,7 @@ async def open_site(
     slots: int = 1,
     api: dict[str, Any] | None = None,
     keys: tuple[KeyConfig, ...] = (),
+    keepalive: bool = True,
     **system: Any,
 ) -> AsyncIterator[Site]:
     """A site with one model, `qwen`; without a script its llama-server never comes."""
@@ -233,7 +238,11 @@ async def open_site(
         path=Path("router.toml"),
         api=ApiConfig(**(api or {})),
         system=SystemConfig(base_models_path=folder, gpu_devices=(), **system),
-        models={"qwen": ModelConfig(alias="qwen", model_path="q.gguf", file=folder / "q.gguf", slots=slots)},
+        models={
+            "qwen": ModelConfig(
+                alias="qwen", model_path="q.gguf", file=folder / "q.gguf", slots=slots, keepalive=keepalive
+            )
+        },
         keys=keys,
     )
     events = Events()
@@ -241,6 +250,7 @@ async def open_site(
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(connections.watch)
+        await nursery.start(connections.plane.keeper.run)
         site = Site(registry, connections, nursery)
         events.sinks.append(site.events.append)
         events.request_sinks.append(site.finished.extend)

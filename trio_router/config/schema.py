@@ -73,6 +73,8 @@ class SystemConfig:
     """Longest silence from the backend once a request is running."""
     stall_timeout_sec: float = attrs.field(default=100.0, validator=Within(above=0))
     """No byte for any request and nothing computed for this long: llama-server is replaced."""
+    keepalive_after_sec: float = attrs.field(default=5.0, validator=Within(above=0))
+    """A stream that waits for longer begins with comments that say where it stands."""
     queue_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
     """Longest wait for a slot, loading included."""
     load_timeout_sec: float = attrs.field(default=300.0, validator=Within(above=0))
@@ -116,6 +118,8 @@ class ModelConfig:
     """Where that is on this machine; it may not exist (yet)."""
     flags: tuple[str, ...] = attrs.field(default=(), validator=Each(_ARGUMENT))
     """For llama-server, unchanged."""
+    keepalive: bool = True
+    """Whether streams that wait for it begin with comments."""
     slots: int = attrs.field(default=1, metadata=DERIVED, validator=Within(minimum=1))
     """Parallel sequences: the flags' `--parallel`, else `system.default_parallel`."""
 

@@ -109,6 +109,16 @@ class Model:
         return measured if measured is not None else self.loads.projected(self._size_bytes)
 
     @property
+    def load_progress(self) -> int | None:
+        """Percent of a load, by the time it took last; None when it is not being loaded, or that is not known."""
+        if self.scheduler.backend is not None:
+            return 100
+        since, load = self.supervisor.loading_since, self.load_seconds
+        if since is None or not load:
+            return None
+        return min(99, int(100 * (trio.current_time() - since) / load))
+
+    @property
     def _size_bytes(self) -> int | None:
         return None if self.footprint is None else self.footprint.total_bytes
 

@@ -8,7 +8,7 @@ are served in the order of arrival, and no turn is put off for ever.
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import attrs
@@ -126,6 +126,29 @@ class Rank:
 
     def all(self) -> list[Waiter]:
         return [waiter for *_, waiter in self._by_turn if not waiter.gone]
+
+
+def in_order(ranks: Iterable[Rank]) -> Iterator[Ticket]:
+    """All who wait, as they would be served if nobody came or left any more."""
+    by_age = [[entry for entry in sorted(rank._by_age, reverse=True) if not entry[3].gone] for rank in ranks]  # noqa: SLF001  (the same module)
+    by_turn = [[entry for entry in sorted(rank._by_turn, reverse=True) if not entry[3].gone] for rank in ranks]  # noqa: SLF001
+    queues = [queue for queue in zip(by_age, by_turn, strict=True) if queue[0]]
+    served: set[Ticket] = set()
+    while queues:
+        queue = min(queues, key=_oldest)
+        ages, turns = queue
+        ticket = turns.pop()[3].ticket
+        served.add(ticket)
+        yield ticket
+        while ages and ages[-1][3].ticket in served:
+            ages.pop()
+        if not ages:
+            queues.remove(queue)
+
+
+def _oldest(queue: tuple[_Heap, _Heap]) -> tuple[float, int]:
+    key, _, number, _ = queue[0][-1]
+    return key, number
 
 
 def _without_gone(heap: _Heap) -> _Heap:

@@ -31,7 +31,7 @@ import trio
 from trio_router.backend.backend import Backend, Slot
 from trio_router.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull, QueueTimeout, RouterError
 from trio_router.fleet.estimate import Pace, expected_wait, overtaken, retry_after
-from trio_router.fleet.ranks import Rank, Waiter
+from trio_router.fleet.ranks import Rank, Waiter, in_order
 from trio_router.fleet.ticket import Priority, Ticket
 
 
@@ -139,6 +139,8 @@ class Scheduler:
                 self._check_due(ticket, ahead)
         waiter = Waiter(ticket, trio.lowlevel.current_task(), self._left)
         self._enqueue(waiter)
+        if ticket.waits is not None:
+            ticket.waits()
         self.changed()
         if self.backend is None:
             self.demand()
@@ -179,6 +181,10 @@ class Scheduler:
             for priority, rank in self._ranks.items()
             if rank.waiting
         )  # fmt: skip
+
+    def places(self) -> dict[Ticket, int]:
+        """Where everyone who waits stands, from 1, if nobody comes or leaves any more. Takes O(n log n)."""
+        return {ticket: place for place, ticket in enumerate(in_order(self._ranks.values()), 1)}
 
     def expected(self, ticket: Ticket, ahead: int) -> float | None:
         """Seconds until one with such a ticket, and so many ahead, gets a slot; None: too little was measured."""

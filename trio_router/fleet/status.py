@@ -68,7 +68,7 @@ def status(model: Model) -> dict[str, Any]:
         "port": None if address is None else address.port,
         "vram_mb": None if model.footprint_bytes is None else round(model.footprint_bytes / MIB),
         "vram_used_mb": round(sum(held.values()) / MIB) if held else None,
-        "load_progress": 100 if model.state is State.READY else None,
+        "load_progress": model.load_progress,
         "started_at": timestamp(supervisor.started_at) if model.state.resident else None,
         "last_used_at": timestamp(model.last_used_at),
         "updated_at": timestamp(supervisor.updated_at),

@@ -2,6 +2,7 @@
 
 import enum
 import math
+from collections.abc import Callable
 
 import attrs
 
@@ -48,5 +49,7 @@ class Ticket:
     """Trio time at which its client waits no longer."""
     position: int = 0
     """Its place in the queue when it arrived; 0 if there was a slot for it."""
+    waits: Callable[[], None] | None = None
+    """Called when there is no slot for it at once; again if it lost the one it got."""
     expected_seconds: float | None = None
     """How long it was expected to wait then, if anybody asked."""

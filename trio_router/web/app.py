@@ -41,8 +41,11 @@ from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
 from trio_router.web.head import BOTH_LENGTHS
 from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Asked, Exchange, refusal
+from trio_router.web.keepalive import KeepAlive
+from trio_router.web.late import LateAnswer
+from trio_router.web.relay import Answer
 from trio_router.web.reload import Reloader
-from trio_router.web.sse import StreamBody
+from trio_router.web.sse import StreamBody, stream_response
 from trio_router.web.streams import Streams
 from trio_router.web.streams import add_routes as add_streams
 
@@ -106,6 +109,7 @@ def create_app(
     events: Events,
     *,
     admission: Admission,
+    keeper: KeepAlive,
     reloader: Reloader,
     streams: Streams,
     metrics: Metrics,
@@ -121,7 +125,7 @@ def create_app(
     app.url_map.merge_slashes = False
     _add_admission(app, admission, registry, events)
     _add_errors(app, events)
-    infer = _add_inference(app, registry, events)
+    infer = _add_inference(app, registry, events, keeper)
     llama_router.add_routes(app, registry, events, infer)
     models.add_routes(app, registry)
     monitoring.add_routes(app, registry, devices, metrics, summary)
@@ -219,7 +223,7 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
         return error_response(InternalError("an internal error; the router's log says more"))
 
 
-def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> llama_router.Infer:
+def _add_inference(app: QuartTrio, registry: Registry, events: Events, keeper: KeepAlive) -> llama_router.Infer:
     """The paths that are answered by a llama-server; returns what answers the request at hand."""
 
     async def infer(alias: str | None, path: str) -> Response:
@@ -236,7 +240,16 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events) -> llama_
         )
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
         g.exchange = True  # from here on it is the exchange that tells what became of the request
-        answer = await borrowed.enter_async_context(exchange)
+        answer: Answer | None
+        if exchange.asked.streamed:
+            late = LateAnswer(exchange)
+            answer = await late.begin(borrowed, keeper)
+            if answer is None:
+                response = stream_response(late)
+                response.headers["X-Queue-Position"] = str(late.position)
+                return response
+        else:
+            answer = await borrowed.enter_async_context(exchange)
         response = Response(StreamBody(answer), answer.status)
         del response.headers["content-type"]
         response.timeout = None

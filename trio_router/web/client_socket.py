@@ -39,6 +39,8 @@ class ClientSocket:
     """Whether it is the client's turn: to begin a request, or to go on with its head."""
     asking_since: float | None = None
     """Trio time at which `expire_slow` first saw that."""
+    unsent: bytes = b""
+    """What `say` could not send yet: goes out before anything else."""
     _burst: int = 0
     _closed: bool = False
 
@@ -114,6 +116,14 @@ class ClientSocket:
         except OSError as error:
             raise ClientLeft(str(error)) from error
         return data[count:]
+
+    def say(self, data: bytes) -> None:
+        """Send without waiting; nothing, if the client has yet to take what was said before. One that left is told of."""
+        if not self.unsent:
+            try:
+                self.unsent = self.try_send(data)
+            except ClientLeft:
+                self.scope.cancel()
 
     async def send(self, data: bytes | bytearray, stall_seconds: float) -> None:
         """Send all of `data`. Raises ClientLeft, also when not one byte is taken for `stall_seconds`."""

@@ -30,8 +30,9 @@ from trio_router.web.cors import cors_headers
 from trio_router.web.head import BARE_LINE_FEED, END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
+from trio_router.web.keepalive import KeepAlive, Waiting
 from trio_router.web.keys import Holder
-from trio_router.web.relay import Answer
+from trio_router.web.relay import STREAM_HEADERS, Answer, error_event
 from trio_router.web.responses import error_body
 
 log = structlog.get_logger("trio_router.web")
@@ -49,6 +50,7 @@ MAX_KNOWN_BYTES: Final = 2048
 """How many heads are remembered, and how long they may be."""
 LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n")
 MAX_DIGITS: Final = 15
+LAST_CHUNK: Final = b"0\r\n\r\n"
 BLANK: Final = ord(" ")
 """No method begins with this or a lesser byte; a TLS handshake does."""
 REASONS: Final = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found"}
@@ -83,6 +85,7 @@ class DataPlane:
     events: Events
     admission: Admission
     max_body_bytes: int
+    keeper: KeepAlive
     in_flight: InFlight = attrs.field(factory=InFlight)
     _known: dict[tuple[bytes, bytes], Known] = attrs.field(factory=dict)
     """Heads that were admitted lately, by their bytes before and after the length: a client sends the same each time."""
@@ -223,6 +226,9 @@ class DataPlane:
             request_id=identity,
             arrived_at=arrived_at,
         )
+        if known.asked.streamed:
+            exchange.keeper = self.keeper
+            exchange.say = partial(self._say, client, known, identity)
         return await self._serve(client, exchange, known.common, close=known.close)
 
     async def _turn_away(
@@ -241,20 +247,54 @@ class DataPlane:
         try:
             async with exchange as answer:
                 close = close or self.registry.draining
-                await self._relay(client, answer, _common(lines, identity), close=close)
+                if exchange.waiting is None or not exchange.waiting.begun:
+                    chunked = answer.opened.head.length is None
+                    out = _head(
+                        answer.status, answer.header_lines() + _common(lines, identity), chunked=chunked, close=close
+                    )
+                    await self._relay(client, answer, out, chunked=chunked)
+                elif answer.is_stream:
+                    out, client.unsent = client.unsent, b""
+                    await self._relay(client, answer, out, chunked=True)
+                else:
+                    await self._send_last(client, await answer.as_event())
         except AnswerCut:
             return False
         except RouterError as error:
             close = close or self.registry.draining
-            await self._send_error(client, error, lines, path, identity, close=close)
+            await self._send_failure(client, exchange, error, lines, close=close)
         except ClientLeft:
             raise
         except Exception:
             log.exception("internal error", id=identity, path=path)
             bug = InternalError("an internal error; the router's log says more")
-            await self._send_error(client, bug, lines, path, identity, close=True)
+            await self._send_failure(client, exchange, bug, lines, close=True)
             return False
         return not close
+
+    def _say(self, client: ClientSocket, known: Known, identity: str, waiting: Waiting, events: bytes) -> None:
+        """Tell a client whose stream waits where it stands."""
+        out = _chunk(events)
+        if not waiting.begun:
+            own = _lines([*STREAM_HEADERS, (b"x-queue-position", b"%d" % waiting.ticket.position)])
+            common = own + _common(known.common, identity)
+            out = _head(200, common, chunked=True, close=known.close or self.registry.draining) + out
+        client.say(out)
+
+    async def _send_failure(
+        self, client: ClientSocket, exchange: Exchange, error: RouterError, lines: bytes, *, close: bool
+    ) -> None:
+        """The error as an answer, or as the last event of one that has begun."""
+        waiting, path = exchange.waiting, exchange.asked.path
+        if waiting is None or not waiting.begun:
+            await self._send_error(client, error, lines, path, exchange.request_id, close=close)
+        else:
+            await self._send_last(client, error_event(path, error, cut=False))
+
+    async def _send_last(self, client: ClientSocket, events: bytes) -> None:
+        """The last events of a stream that began early."""
+        out, client.unsent = client.unsent + _chunk(events) + LAST_CHUNK, b""
+        await client.send(out, WRITE_STALL_SECONDS)
 
     def _admit(self, head: Head) -> Holder | None:
         """Everything that can be said before the body is read; whose key it is. Raises RouterError."""
@@ -283,9 +323,8 @@ class DataPlane:
             raise RequestTimeout(f"the body did not come within {seconds:.0f} s")
         return whole
 
-    async def _relay(self, client: ClientSocket, answer: Answer, common: bytes, *, close: bool) -> None:
-        """The answer's head and body, as they come. Raises AnswerCut, ClientLeft."""
-        chunked = answer.opened.head.length is None
+    async def _relay(self, client: ClientSocket, answer: Answer, out: bytes, *, chunked: bool) -> None:
+        """The answer's body as it comes, after `out`. Raises AnswerCut, ClientLeft."""
         rest = b""
 
         def pass_on(piece: bytes) -> bool:
@@ -293,7 +332,6 @@ class DataPlane:
             rest = client.try_send(b"%x\r\n%b\r\n" % (len(piece), piece))
             return not rest
 
-        out = _head(answer.status, answer.header_lines() + common, chunked=chunked, close=close)
         while True:
             try:
                 piece = await answer.receive()
@@ -302,7 +340,7 @@ class DataPlane:
                 log.warning("answer cut", path=answer.endpoint, error=error.message)
                 raise AnswerCut from error
             if chunked:
-                out += b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b"0\r\n\r\n"
+                out += b"%x\r\n%b\r\n" % (len(piece), piece) if piece else LAST_CHUNK
             else:
                 out += piece
             if out:
@@ -340,6 +378,10 @@ class DataPlane:
 
 def _lines(headers: Headers) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def _common(lines: bytes, identity: str) -> bytes:

@@ -7,6 +7,7 @@ and returns an `Answer` that has begun; leaving it gives the slot back, and tell
 import math
 import re
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import attrs
@@ -27,6 +28,7 @@ from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import check_encoding, check_json, deadline_seconds, priority, read_wish
+from trio_router.web.keepalive import STREAMED, KeepAlive, Waiting
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
 from trio_router.web.stoppable import Stoppable
@@ -49,6 +51,8 @@ class Asked:
     priority: Priority = Priority.NORMAL
     deadline_seconds: float = math.inf
     """How long after its arrival its client waits no longer for it to begin."""
+    streamed: bool = False
+    """Whether it may be answered by a stream of events."""
     autoload: bool = True
     """Whether a model may be loaded for it: llama-server's router takes `?autoload=false`."""
     problem: RouterError | None = None
@@ -60,7 +64,7 @@ class Asked:
 
         `target` is the path with its query, as the client wrote it.
         """
-        asked = cls(path=path, start=request_start(target, headers), holder=holder)
+        asked = cls(path=path, start=request_start(target, headers), holder=holder, streamed=path in STREAMED)
         fields = first_values(headers)
         asked.autoload = "autoload=" not in target or AUTOLOAD_OFF.search(target) is None
         try:
@@ -96,6 +100,13 @@ class Exchange:
     """Trio time."""
     alias: str | None = None
     """The model, if not the body says it."""
+    keeper: KeepAlive | None = None
+    say: Callable[[Waiting, bytes], None] | None = None
+    """Tells the client where its request stands, if it asks for a stream and that waits."""
+    waiting: Waiting | None = None
+    """Once it had to."""
+    _stream: bool = False
+    """Whether the body asks for a stream."""
     _answer: Answer | None = None
     _ticket: Ticket | None = None
     _entered: bool = False
@@ -155,20 +166,40 @@ class Exchange:
         outgoing = Outgoing(asked.start, self.body, self.request_id)
         if self.registry.config.system.stop_at_once and self.alias is None:
             outgoing.stoppable = self._stoppable()
-        lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
+        if self._stream and self.say is not None:
+            ticket.waits = self._attend
+        try:
+            lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
+        finally:
+            ticket.waits = None
+            if self.waiting is not None and self.keeper is not None:
+                self.keeper.forget(self.waiting)
         waited = (ticket.granted_at or 0.0) - self.arrived_at
         return Answer(asked.path, lease, opened, waited, ticket.position, ticket.expected_seconds)
 
     def _wanted(self) -> str:
         """The model that the body names; the default one where that is to answer for others. Raises MissingModel."""
         default = self.registry.config.system.default_model
-        if default is None:
-            return read_wish(self.body).model
         try:
-            alias = read_wish(self.body).model
+            wish = read_wish(self.body)
         except MissingModel:
+            if default is None:
+                raise
             return default
-        return alias if alias in self.registry.models else default
+        self._stream = wish.stream
+        return wish.model if default is None or wish.model in self.registry.models else default
+
+    def _attend(self) -> None:
+        """There is no slot for it: have its client told where it stands."""
+        ticket, keeper, say = self._ticket, self.keeper, self.say
+        if ticket is None or keeper is None or say is None:
+            return
+        model = self.registry.models[ticket.alias]
+        if self.waiting is None and model.config.keepalive:
+            due = self.arrived_at + self.registry.config.system.keepalive_after_sec
+            self.waiting = Waiting(model=model, ticket=ticket, endpoint=self.asked.path, say=say, due=due)
+        if self.waiting is not None:
+            keeper.attend(self.waiting)
 
     def _stoppable(self) -> Stoppable | None:
         """What llama-server can be asked in its place, to stop when the client leaves."""

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
 from trio_router.backend.backend import Slot
 from trio_router.backend.connection import HOP_BY_HOP, AnswerHead, BackendLost, Connection, Headers
-from trio_router.errors import BackendTimeout, BackendUnavailable, RouterError
+from trio_router.errors import BackendBroken, BackendTimeout, BackendUnavailable, RouterError
 from trio_router.fleet.scheduler import Lease
 from trio_router.web.stoppable import Stoppable
 
@@ -39,6 +39,10 @@ MAX_HALF_BYTES: Final = 16 * 1024
 """An event whose end has not come is held back up to this: if it never comes, no client has to make sense of half of it."""
 
 EVENT_STREAM: Final = b"text/event-stream"
+STREAM_HEADERS: Final[Headers] = [
+    (b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
+]  # fmt: skip
+"""Of a stream that began before llama-server's."""
 
 
 def is_event_stream(head: AnswerHead) -> bool:
@@ -169,7 +173,7 @@ class Answer:
         ]
         if self.is_stream:
             headers = [(name, value) for name, value in headers if name not in {b"cache-control", b"x-accel-buffering"}]
-            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            headers += STREAM_HEADERS[1:]
         return headers
 
     def headers(self) -> Headers:
@@ -235,6 +239,23 @@ class Answer:
         self._half = piece[end:]
         return piece[:end]
 
+    async def as_event(self) -> bytes:
+        """The whole of an answer that is no stream, as an event of a stream that has begun: it tells of an error."""
+        body = b""
+        try:
+            while (piece := await self.receive()) and len(body) < WHOLE_BYTES:
+                body += piece
+        except RouterError as error:
+            return error_event(self.endpoint, error, cut=False)
+        try:
+            told = json.loads(body)
+            message = str(told["error"]["message"])
+        except (ValueError, LookupError, TypeError):
+            where = f"the llama-server of model {self.lease.slot.backend.alias!r}"
+            broken = BackendBroken(f"{where} answered a request for a stream with status {self.status} and no stream")
+            return error_event(self.endpoint, broken, cut=False)
+        return _error_event(self.endpoint, told, message, cut=False)
+
     async def stream(self, pass_on: Callable[[bytes], bool]) -> None:
         """Give `pass_on` what comes next, piece by piece, for as long as that is all there is to do.
 
@@ -285,11 +306,14 @@ def error_event(endpoint: str, error: RouterError, *, cut: bool) -> bytes:
 
     `cut` says that the last event was not complete: an empty line ends it.
     """
-    body = error.body()
+    return _error_event(endpoint, error.body(), error.message, cut=cut)
+
+
+def _error_event(endpoint: str, body: dict[str, Any], message: str, *, cut: bool) -> bytes:
     name = ""
     if endpoint.endswith("/responses"):
         name = "event: response.failed\n"
-        failed = {"code": "server_error", "message": error.message}
+        failed = {"code": "server_error", "message": message}
         body = {
             "type": "response.failed",
             "response": {"object": "response", "status": "failed", "error": failed},
