@@ -241,7 +241,7 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, keeper: K
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]
         g.exchange = True  # from here on it is the exchange that tells what became of the request
         answer: Answer | None
-        if exchange.asked.streamed:
+        if exchange.asked.streamed and b'"stream"' in exchange.body:
             late = LateAnswer(exchange)
             answer = await late.begin(borrowed, keeper)
             if answer is None:
