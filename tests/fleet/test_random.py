@@ -196,6 +196,8 @@ class Storm:
             for model in registry._all():
                 scheduler = model.scheduler
                 assert not (scheduler._free and scheduler.waiting), "a free slot, and somebody waits"
+                assert scheduler.paused == (model.alias in decision.yielding)
+                assert not (scheduler.paused and scheduler._free)
                 assert (scheduler.backend is None) or model.state is State.READY
                 assert (model.retiring is not None) == (model.state is State.STOPPING)
                 assert (model.scope is not None) == model.state.resident
@@ -239,7 +241,7 @@ def test_a_long_storm() -> None:
                 }
             )
             assert requests.total() == REQUESTS
-            assert requests["served"] > REQUESTS / 4
+            assert requests["served"] > REQUESTS / 5  # many wait for models that make room for each other
             assert storm.ends["reload"] > 1000
             assert set(requests) == {
                 "served", "broken off", "backend_crashed", "cancelled", "queue_full", "queue_timeout", "load_timeout",

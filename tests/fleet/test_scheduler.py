@@ -14,6 +14,7 @@ from tests.fleet.fake_backend import backend_of
 from trio_router.backend.backend import Backend, Slot
 from trio_router.errors import LoadTimeout, ModelFailed, QueueFull, QueueTimeout, RouterError
 from trio_router.fleet.scheduler import IDLE, Lease, Priority, Scheduler, Ticket
+from trio_router.fleet.turns import Head
 
 HIGH, NORMAL, LOW = Priority
 AGING = 30.0
@@ -53,7 +54,7 @@ def scheduler_of(slots: int = 1, *, max_waiting: int = 500, opened: bool = True)
 def left_idle(scheduler: Scheduler) -> bool:
     """Whether nothing is left of all that was, once the backend is gone too."""
     scheduler.close()
-    return scheduler.statistics() == IDLE and scheduler.idle and scheduler.first_key() is None
+    return scheduler.statistics() == IDLE and scheduler.idle and scheduler.head() is None
 
 
 @attrs.define(eq=False, repr=False)
@@ -273,22 +274,25 @@ async def test_a_requeued_ticket_keeps_its_place(nursery: trio.Nursery, autojump
     nursery.cancel_scope.cancel()
 
 
-async def test_first_key_is_that_of_whoever_is_next(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
+async def test_the_head_says_who_is_first_who_waits_longest_and_what_the_best_priority_is(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
     scheduler = scheduler_of(1, opened=False)
     clients = Clients(scheduler, nursery)
-    assert scheduler.first_key() is None
+    assert scheduler.head() is None
     await clients.come("low", LOW)
-    assert scheduler.first_key() == 60
+    assert scheduler.head() == Head(key=60, arrived_at=0, steps=2)
+    await trio.sleep(1)
     await clients.come("high", HIGH)
     await clients.come("normal")
-    assert scheduler.first_key() == 0
+    assert scheduler.head() == Head(key=1, arrived_at=0, steps=0)
     clients.scopes["high"].cancel()
-    await wait_all_tasks_blocked()
-    assert scheduler.first_key() == 30
     clients.scopes["low"].cancel()
+    await wait_all_tasks_blocked()
+    assert scheduler.head() == Head(key=31, arrived_at=1, steps=1)
     clients.scopes["normal"].cancel()
     await wait_all_tasks_blocked()
-    assert scheduler.first_key() is None
+    assert scheduler.head() is None
     assert left_idle(scheduler)
 
 
@@ -919,7 +923,8 @@ def test_does_what_a_slower_one_would_do(slots: int, max_waiting: int, steps: li
                 )
                 assert scheduler.waiting == len(expected.waiting)
                 assert scheduler.active == len(expected.running)
-                assert scheduler.first_key() == (min(expected.waiting)[0] if expected.waiting else None)
+                head = scheduler.head()
+                assert (head and head.key) == (min(expected.waiting)[0] if expected.waiting else None)
                 assert scheduler.idle == (not expected.waiting and not expected.running)
             nursery.cancel_scope.cancel()
         assert left_idle(scheduler)

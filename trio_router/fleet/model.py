@@ -20,6 +20,7 @@ from trio_router.fleet.estimate import LoadPace
 from trio_router.fleet.placement import ModelSnapshot
 from trio_router.fleet.scheduler import Scheduler
 from trio_router.fleet.ticket import Priority
+from trio_router.fleet.turns import Head
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.memory.footprint import Footprint
 from trio_router.telemetry.events import Events, UnloadReason
@@ -74,6 +75,12 @@ class Model:
     """How often it was brought into memory."""
     was_ready: bool = False
     """Whether it was ready in this residency."""
+    ready_at: float = -math.inf
+    """Trio time at which it first was."""
+    heir: str | None = None
+    """The model it makes room for."""
+    behind: Head | None = None
+    """Those who got its place though some who waited for it were older."""
     refusals: int = 0
     refusal: RouterError | None = None
     """What those who waited were told last, and how often that happened."""
@@ -156,17 +163,29 @@ class Model:
             vram_bytes=sum(held.values()) if held else projected,
         )
 
+    @property
+    def matters(self) -> bool:
+        """Whether a decision can be about it."""
+        wanted = self.scheduler.waiting or self.asked or self.kept or self.preload
+        return self.state.resident or bool(wanted)
+
     def snapshot(self) -> ModelSnapshot:
         """What a decision may know."""
         return ModelSnapshot(
             alias=self.alias,
             state=self.state,
             retiring=self.retiring is not None,
-            first_key=self.scheduler.first_key(),
+            head=self.scheduler.head(),
             active=self.scheduler.active,
             asked=bool(self.asked or self.kept),
             preload=self.preload,
+            heir=self.heir,
+            behind=self.behind,
+            serving=self.scheduler.backend is not None,
+            yielding=self.scheduler.paused,
             was_ready=self.was_ready,
+            ready_at=self.ready_at,
+            load_seconds=self.supervisor.load_seconds or 0.0,
             last_used=self.last_used,
         )
 
@@ -201,7 +220,8 @@ class Model:
         if (seconds := self.supervisor.load_seconds) is not None:
             self.loads.add(seconds, self._size_bytes)
         self.used()
-        self.was_ready = True
+        if not self.was_ready:
+            self.was_ready, self.ready_at = True, self.last_used
         self.kept = self.preload = False
         self.scheduler.open(backend)
         self.settle()
@@ -211,6 +231,7 @@ class Model:
         backend.aboard = self.scheduler.active
         if self.scheduler.backend is backend:
             self.scheduler.close()
+            self.look()  # it yields no more, if it did: it can leave
 
     def refused(self, error: RouterError) -> None:
         self.scheduler.refuse(error)

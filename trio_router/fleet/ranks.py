@@ -100,6 +100,10 @@ class Rank:
         key, _, number, _ = _top(self._by_age)
         return key, number
 
+    def oldest(self) -> Waiter:
+        """Who has the smallest key."""
+        return _top(self._by_age)[3]
+
     def ahead(self, client: str) -> int:
         """About how many would be served before one that comes now from `client`: exact where nobody waits twice."""
         own = self._of_client.get(client, 0)

@@ -33,6 +33,7 @@ from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decid
 from trio_router.fleet.reload import Changes
 from trio_router.fleet.scheduler import Lease, Scheduler
 from trio_router.fleet.ticket import Priority, Ticket
+from trio_router.fleet.turns import TurnRules
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events, Reloaded, RequestFinished, ServerChanged, Unloaded, UnloadReason
 from trio_router.telemetry.facts import FleetFacts
@@ -118,6 +119,7 @@ class Registry:
             events=self.events,
         )
         scheduler.demand = self.look
+        scheduler.contended = self._someone_waits
         scheduler.rest = lambda: self._rested(model)
         return model
 
@@ -338,9 +340,10 @@ class Registry:
         return decide(
             Snapshot(
                 now=trio.current_time(),
-                models=[model.snapshot() for model in self._all()] if not self.draining else [],
+                models=[model.snapshot() for model in self._all() if model.matters] if not self.draining else [],
                 max_resident=system.max_concurrent_models,
                 idle_timeout=system.idle_timeout_sec if system.enable_idle_timeout else None,
+                turns=TurnRules(min_turn=system.min_turn_sec, max_swap_wait=system.max_swap_wait_sec),
             )
         )
 
@@ -356,14 +359,27 @@ class Registry:
                     self._start(nursery, models[action.alias])
                 case Retire():
                     log.info("unloading", model=action.alias, reason=action.reason.value)
-                    self._retire(nursery, models[action.alias], action.reason, cut=False, drain_seconds=0.0)
-        self._someone_waits = decision.someone_waits
+                    model = models[action.alias]
+                    model.heir, model.behind = action.heir, action.behind
+                    self._retire(nursery, model, action.reason, cut=False, drain_seconds=math.inf)
+        for alias, model in models.items():
+            if alias in decision.yielding:
+                model.heir = decision.yielding[alias]
+                model.scheduler.pause()
+            elif model.scheduler.paused:
+                model.scheduler.resume()
+                self.look()  # those who got a lease wait no more
+        if self._someone_waits != decision.someone_waits:
+            self._someone_waits = decision.someone_waits
+            for model in models.values():
+                model.scheduler.contended = decision.someone_waits
         return decision.look_again_at
 
     def _start(self, nursery: trio.Nursery, model: Model) -> None:
         model.scope = trio.CancelScope()
         model.retiring, model.cut, model.was_ready = None, False, False
         model.residency += 1
+        model.heir = model.behind = None
         model.supervisor.move(Move.SPAWN)  # from here on it is resident: the next decision must see it
         nursery.start_soon(self._reside, model, model.scope, name=f"supervisor[{model.alias}]")
 

@@ -33,6 +33,7 @@ from trio_router.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull,
 from trio_router.fleet.estimate import Pace, expected_wait, overtaken, retry_after
 from trio_router.fleet.ranks import Rank, Waiter, in_order
 from trio_router.fleet.ticket import Priority, Ticket
+from trio_router.fleet.turns import Head
 
 
 @attrs.frozen(kw_only=True)
@@ -78,6 +79,8 @@ class Scheduler:
     """Called when somebody begins or ceases to wait while there is no backend."""
     rest: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when the model becomes idle."""
+    contended: bool = False
+    """Whether another model waits for a place: `demand` is called whenever others wait here, or fewer run."""
     changed: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when more or fewer wait or hold a lease."""
 
@@ -88,9 +91,11 @@ class Scheduler:
     backend: Backend | None = None
     _free: list[Slot] = attrs.field(factory=list)
     _aside: list[Slot] = attrs.field(factory=list)
-    """Slots that are free, and kept so for who is to be alone."""
+    """Slots that are free, and kept so: for who is to be alone, or since we are paused."""
     _alone: Lease | None = None
     """Of who is."""
+    paused: bool = False
+    """Whether no new lease is given, since the model is to make room: all free slots are set aside."""
     _ranks: dict[Priority, Rank] = attrs.field(factory=lambda: {priority: Rank() for priority in Priority})
     _order: "itertools.count[int]" = attrs.field(factory=itertools.count)
     waiting: int = 0
@@ -113,9 +118,16 @@ class Scheduler:
             free=len(self._free) + len(self._aside),
         )
 
-    def first_key(self) -> float | None:
-        """The smallest of all who wait; None when nobody does."""
-        return min(rank.key() for rank in self._ranks.values())[0] if self.waiting else None
+    def head(self) -> Head | None:
+        """What is to be known of those who wait; None when nobody does."""
+        if not self.waiting:
+            return None
+        oldest = [(priority, rank.oldest().ticket) for priority, rank in self._ranks.items() if rank.waiting]
+        return Head(
+            key=min(ticket.key for _, ticket in oldest),
+            arrived_at=min(ticket.arrived_at for _, ticket in oldest),
+            steps=oldest[0][0].steps,
+        )
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -142,7 +154,7 @@ class Scheduler:
         if ticket.waits is not None:
             ticket.waits()
         self.changed()
-        if self.backend is None:
+        if self.backend is None or self.contended:
             self.demand()
         self._set_aside()
         with trio.CancelScope(deadline=ticket.deadline):
@@ -218,9 +230,9 @@ class Scheduler:
         """The waiter gives up."""
         self._dequeue(waiter)
         self.changed()
-        if self.backend is None:
+        if self.backend is None or self.contended:
             self.demand()
-        elif self._aside and self._alone is None:
+        if self._aside and self._alone is None and not self.paused:
             self._take_back()
             self._dispatch()
 
@@ -237,6 +249,20 @@ class Scheduler:
         """The backend is going: no new lease. Leases that are out stay so until they are released."""
         self.backend = self._alone = None
         self._free, self._aside = [], []
+        self.paused = False
+
+    def pause(self) -> None:
+        """No new lease on the backend at hand, until `resume`."""
+        self.paused = True
+        self._set_aside()
+
+    def resume(self) -> None:
+        """Lease slots again."""
+        if self.paused:
+            self.paused = False
+            if self._alone is None:
+                self._take_back()
+                self._dispatch()
 
     def refuse(self, error: RouterError) -> None:
         """Tell everyone who waits `error`."""
@@ -244,7 +270,7 @@ class Scheduler:
             for waiter in rank.all():
                 self._dequeue(waiter)
                 trio.lowlevel.reschedule(waiter.task, outcome.Error(error.again()))
-        if self._alone is None:
+        if self._alone is None and not self.paused:
             self._take_back()
         self.changed()
 
@@ -288,12 +314,16 @@ class Scheduler:
             if self._aside:
                 self._alone = None
                 self._take_back()
+            if self.paused:
+                self._set_aside()
             self._dispatch()
         if not self.active and self._idle is not None:
             self._idle.set()
             self._idle = None
         if self.idle:
             self.rest()
+        elif self.contended:
+            self.demand()
 
     def _dispatch(self) -> None:
         """Hand free slots to those who are next."""
