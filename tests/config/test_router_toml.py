@@ -11,7 +11,7 @@ from trio_router.config.schema import DERIVED
 
 FILE = Path(__file__).parents[2] / "router.toml"
 COMMENTED_KEY = re.compile(r"^# (?=[a-z_]+ = )", re.MULTILINE)
-EXAMPLES = {"default_model", "allowed_hosts", "llama_server_path", "base_models_path"}
+EXAMPLES = {"default_model", "min_turn_sec", "allowed_hosts", "llama_server_path", "base_models_path"}
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ class Model:
             yielding=self.scheduler.paused,
             was_ready=self.was_ready,
             ready_at=self.ready_at,
-            load_seconds=self.supervisor.load_seconds or 0.0,
+            load_seconds=self.load_seconds or 0.0,
             last_used=self.last_used,
         )
 
