@@ -269,6 +269,14 @@ def test_6_an_idle_one_leaves_before_a_busy_one_and_then_the_one_whose_first_cam
     assert decided(early, late, wanted, places=2).actions == (Retire("late", EVICTED),)
 
 
+def test_6_of_idle_ones_the_least_recently_used_leaves_whosever_turn_is_over() -> None:
+    over = model("over", READY, ready_at=NOW - 50, last_used=NOW - 0.1)
+    has_its_turn = model("turn", READY, ready_at=NOW - 0.4, last_used=NOW - 0.2)
+    wanted = model("b", OFF, head=head(1.0))
+    assert decided(over, has_its_turn, wanted, places=2).actions == (Retire("turn", EVICTED),)
+    assert decided(has_its_turn, wanted).actions == ()
+
+
 def test_6_one_that_yields_already_goes_on_yielding() -> None:
     models = [
         model("idle", READY),
@@ -369,7 +377,8 @@ def test_what_is_done_is_possible(snapshot: Snapshot) -> None:
                 assert not one.preload
                 if reason is EVICTED:
                     claims = [_claim(other) for other in snapshot.models if other.wanted]
-                    assert any(due(one, claim, snapshot.turns) <= NOW for claim in claims)
+                    instead = [one, *(other for other in snapshot.models if other.idle)] if one.idle else [one]
+                    assert any(due(other, claim, snapshot.turns) <= NOW for other in instead for claim in claims)
                 else:
                     assert not one.active
                     assert one.head is None

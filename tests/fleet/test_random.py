@@ -1,6 +1,10 @@
-"""A fleet in which everything goes wrong at once, for a long time, and then is quiet."""
+"""A fleet in which everything goes wrong at once, for a long time, and then is quiet.
+
+For longer: `TRIO_ROUTER_STORM=1000000`, and another seed: `TRIO_ROUTER_SEED=8`.
+"""
 
 import math
+import os
 from collections import Counter
 from random import Random
 
@@ -23,8 +27,8 @@ from trio_router.telemetry.events import Event, ModelChanged
 
 MODELS = {"a": 1, "b": 2, "c": 3, "d": 1, "e": 2}
 PLACES = 2
-REQUESTS = 100_000
-SEED = 7
+REQUESTS = int(os.environ.get("TRIO_ROUTER_STORM", "30000"))
+SEED = int(os.environ.get("TRIO_ROUTER_SEED", "7"))
 PRIORITIES = list(Priority)
 
 
@@ -242,12 +246,12 @@ def test_a_long_storm() -> None:
             )
             assert requests.total() == REQUESTS
             assert requests["served"] > REQUESTS / 5  # many wait for models that make room for each other
-            assert storm.ends["reload"] > 1000
+            assert storm.ends["reload"] > REQUESTS / 100
             assert set(requests) == {
                 "served", "broken off", "backend_crashed", "cancelled", "queue_full", "queue_timeout", "load_timeout",
                 "model_failed", "backend_unavailable", "bad_backend_response", "model_not_found",
             }  # fmt: skip
-            assert storm.looks > 500
+            assert storm.looks > REQUESTS / 200
             assert storm.held.total() == 0
             assert servers.most_alive == PLACES
 

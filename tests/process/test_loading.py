@@ -72,7 +72,7 @@ def test_the_least_recently_used_leaves(start_router: StartRouter) -> None:
     assert set(router.servers().values()) == {"a", "c"}
 
 
-def test_a_busy_model_is_never_evicted(start_router: StartRouter, record: Record) -> None:
+def test_what_runs_is_never_cut_for_another_model(start_router: StartRouter, record: Record) -> None:
     gate = record.path.with_name("gate")
     router = start_router(models={"a": record.flags, "b": record.flags}, system={"max_concurrent_models": 1})
     running = router.in_background("a", fake={"hold_until": str(gate)})

@@ -15,12 +15,11 @@ The cases, in order; the numbers stand beside the code that is their case:
    holds its memory: it counts.
 5. Else, if a model is on its way out already for this one, or for nobody else who waits, the place it frees is this
    one's: wait for it.
-6. Else a resident that has had its turn leaves, to make room (`turns.due`): of several an idle one, that which was
-   used least recently; then the one whose first waiter comes last. While requests run on it, it is yielding to its
-   heir: no new lease. If the heir gives up, or gets another place, it stays.
-   Back in the order of case 3, it stands behind those who got its place, unless it is wanted with higher priority
-   than they had. Preloading never makes another
-   model leave.
+6. Else a resident that has had its turn leaves, to make room (`turns.due`): if one of these is idle, then that of all
+   idle ones which was used least recently; else the one whose first waiter comes last. While requests run on it, it is
+   yielding to its heir: no new lease. If the heir gives up, or gets another place, it stays. Back in the order of
+   case 3 it stands behind those who got its place, unless it is wanted with higher priority than they had. Preloading
+   never makes another model leave.
 7. Else every resident has its turn: the request waits, and when the first of these turns ends is looked at again.
 """
 
@@ -215,7 +214,9 @@ def _victim(
     when = [(due(one, claim, snapshot.turns), one) for one in stay]
     over = [one for time, one in when if time <= snapshot.now]
     if over:
-        return min(over, key=_worth), math.inf
+        # one that was used later is not to go because its turn began before
+        idle = [one for one in stay if one.idle] if any(one.idle for one in over) else []
+        return min(idle or over, key=_worth), math.inf
     return None, min((time for time, _ in when), default=math.inf)
 
 
