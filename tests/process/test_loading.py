@@ -36,6 +36,24 @@ def test_many_waiters_share_one_load(start_router: StartRouter, record: Record) 
     assert len(record.lines("spawned")) == 1
 
 
+def test_the_list_of_models_is_there_at_once_also_during_a_load(start_router: StartRouter, record: Record) -> None:
+    """Within 50 ms; most of the time, on a machine that does other things as well."""
+    gate = record.path.with_name("gate")
+    router = start_router(qwen=["--fake-load-until", str(gate), *record.flags])
+    pending = router.in_background("qwen")
+    router.wait_for_status("qwen", status="loading")
+    seconds = []
+    with router.client() as client:
+        for _ in range(15):
+            asked = time.monotonic()
+            listed = client.get("/v1/models").json()["data"]
+            seconds.append(time.monotonic() - asked)
+            assert listed[0]["status"]["value"] == "loading"
+    gate.touch()
+    assert pending.answer().status_code == 200
+    assert sorted(seconds)[len(seconds) // 2] < 0.05
+
+
 def test_readiness_is_noticed_at_once(start_router: StartRouter, record: Record) -> None:
     """Within 30 ms of `/health` turning 200; twice that is allowed here, for a busy machine."""
     router = start_router(qwen=["--fake-load-seconds", "0.3", *record.flags])
