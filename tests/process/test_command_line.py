@@ -50,6 +50,9 @@ def test_bad_config(good: Path, command: str) -> None:
     for key in ("system.max_concurrent_models", "system.nonsense", "models.qwen.flags"):
         assert key in done.stderr
     assert "Traceback" not in done.stderr
+    begun = [": ".join(line.split(": ")[:2]) for line in done.stderr.splitlines()]
+    keys = ("system.max_concurrent_models", "system.nonsense", "models.qwen.flags[0]")
+    assert begun == [f"router.toml: {key}" for key in keys]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +81,7 @@ def test_a_port_in_use(good: Path) -> None:
 def test_one_line_on_standard_output(start_router: StartRouter) -> None:
     router = start_router(qwen=[])
     router.chat("qwen")
+    assert router.get("/health").json()["port"] == router.port  # which port 0 has become
     router.terminate()
     assert router.wait() == 0
     assert router.process.stdout is not None
@@ -101,3 +105,14 @@ def test_json_logs(start_router: StartRouter) -> None:
     lines = [json.loads(line) for line in router.stderr.splitlines()]
     assert lines
     assert any("find-me" in line.values() for line in lines)
+
+
+def test_a_request_that_goes_back_to_the_queue_is_found_by_its_id(start_router: StartRouter) -> None:
+    router = start_router(qwen=[], arguments=("--log-format", "json"))
+    assert router.chat("qwen", fake={"die": "before_headers"}, headers={"X-Request-ID": "mine"}).status_code == 502
+    router.terminate()
+    assert router.wait() == 0
+    told = [line for line in map(json.loads, router.stderr.splitlines()) if line.get("id") == "mine"]
+    assert [line["event"] for line in told] == ["queued again", "request"]
+    assert {line["model"] for line in told} == {"qwen"}
+    assert told[0]["incarnation"] == 1

@@ -38,8 +38,10 @@ log = structlog.get_logger("trio_router.fleet")
 T = TypeVar("T")
 
 
-async def dispatch(registry: Registry, ticket: Ticket, attempt: Callable[[Slot], Awaitable[T]]) -> tuple[Lease, T]:
-    """Lease a slot and `attempt` the request on it, as often as the cases above say.
+async def dispatch(
+    registry: Registry, ticket: Ticket, attempt: Callable[[Slot], Awaitable[T]], *, request_id: str | None = None
+) -> tuple[Lease, T]:
+    """Lease a slot and `attempt` the request on it, as often as the cases above say; `request_id` is for the log.
 
     Returns the lease, which is the caller's to release, and what the attempt returned.
 
@@ -75,7 +77,9 @@ async def dispatch(registry: Registry, ticket: Ticket, attempt: Callable[[Slot],
             ticket.alone = deaths >= MAX_DEATHS
             if ticket.granted_at is not None:
                 ticket.deadline = min(ticket.due, ticket.deadline + trio.current_time() - ticket.granted_at)
-            log.info("queued again", model=ticket.alias, incarnation=backend.incarnation, error=str(error))
+            log.info(
+                "queued again", id=request_id, model=ticket.alias, incarnation=backend.incarnation, error=str(error)
+            )
         except BaseException:
             lease.slot.disconnect()
             lease.release()

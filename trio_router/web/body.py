@@ -18,12 +18,15 @@ IDLE_SECONDS = 30.0
 DISCARD_SECONDS = 2.0
 """How long a body that is too large is still read, and thrown away, so that its client gets to our answer."""
 
+COMMAND_BYTES = 64 * 1024
+"""What the body of a management request may have."""
+
 
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body, at most `limit` bytes. Raises BodyTooLarge, RequestTimeout."""
     declared = request.content_length
     if declared is not None and declared > limit:
-        raise _too_large(limit)
+        raise _too_large(request, limit)
     body = bytearray()
     with trio.CancelScope() as patience:
         patience.deadline = trio.current_time() + IDLE_SECONDS
@@ -37,13 +40,13 @@ async def read_body(request: Request, limit: int) -> bytes:
     if len(body) > limit:
         body.clear()
         await _discard(request.body)
-        raise _too_large(limit)
+        raise _too_large(request, limit)
     return bytes(body)
 
 
-async def read_object(request: Request, limit: int = 64 * 1024) -> dict[str, Any]:
+async def read_object(request: Request) -> dict[str, Any]:
     """The body of a management request, a JSON object. Raises InvalidJSON, BodyTooLarge, RequestTimeout."""
-    body = await read_body(request, limit)
+    body = await read_body(request, COMMAND_BYTES)
     try:
         found = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -59,5 +62,6 @@ async def _discard(body: AsyncIterable[bytes]) -> None:
             pass
 
 
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limit} bytes, the limit (api.max_body_mb)")
+def _too_large(request: Request, limit: int) -> BodyTooLarge:
+    whose = f"of {request.path}" if limit == COMMAND_BYTES else "(api.max_body_mb)"
+    return BodyTooLarge(f"the body is larger than {limit} bytes, the limit {whose}")

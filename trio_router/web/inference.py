@@ -169,7 +169,7 @@ class Exchange:
         if self._stream and self.say is not None:
             ticket.waits = self._attend
         try:
-            lease, opened = await dispatch(self.registry, ticket, outgoing.attempt)
+            lease, opened = await dispatch(self.registry, ticket, outgoing.attempt, request_id=self.request_id)
         finally:
             ticket.waits = None
             if self.waiting is not None and self.keeper is not None:

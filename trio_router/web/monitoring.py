@@ -37,7 +37,9 @@ def _add_probes(app: QuartTrio, registry: Registry, devices: DeviceMonitor) -> N
     @app.get("/health")
     @app.get("/v1/health")  # as llama-server has it
     async def health() -> Response:
-        return _probed(*_health(registry, devices))
+        body, well = _health(registry, devices)
+        server = request.scope.get("server")  # the address of ours that the client reached
+        return _probed({**body, "port": server[1] if server else None}, well)
 
     @app.get("/livez")
     async def live() -> Response:

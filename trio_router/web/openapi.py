@@ -175,7 +175,9 @@ def _inference(path: str) -> Endpoint:
 _STATUS = _object(server=OBJECT, models={"type": "object", "additionalProperties": _ref("ModelStatus")}, summary=OBJECT)
 _MODELS = _object(object={"const": "list"}, data={"type": "array", "items": _ref("Model")})
 _DONE = _object(status={"enum": ["success", "not_found"]}, message=STRING)
-_HEALTH = _object(status={"enum": ["ok", "degraded"]}, checks=OBJECT, version=STRING, uptime_seconds=NUMBER)
+_HEALTH = _object(
+    status={"enum": ["ok", "degraded"]}, checks=OBJECT, version=STRING, uptime_seconds=NUMBER, port=COUNT_OR_NULL
+)
 
 ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     *map(_inference, sorted(INFERENCE_PATHS)),
