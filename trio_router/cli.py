@@ -28,7 +28,7 @@ _MIB = 1024 * 1024
 _DEFAULT_CONFIG = "router.toml"
 _DEFAULT_URL = "http://127.0.0.1:8000"
 _INTERRUPTED = 130
-_TALKING = {"ps", "ls", "load", "eject", "reset", "logs", "run", "top", "health", "reload", "drain"}
+_TALKING = {"ps", "ls", "load", "eject", "reset", "logs", "run", "top", "health", "reload", "drain", "plan"}
 _WRITING = {"init", "schema", "completion"}
 
 
@@ -118,6 +118,9 @@ def _add_talking(commands: "_Commands") -> None:
     add("health", "whether the router is well")
     add("reload", "have it read its configuration again")
     add("drain", "have it finish what runs, and stop")
+    add("plan", "what would happen to a request for a model", "model").add_argument(
+        "--priority", choices=("high", "normal", "low"), default="normal", help="default: %(default)s"
+    )
 
 
 def _add_writing(commands: "_Commands") -> None:
@@ -171,6 +174,10 @@ def _does(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             from trio_router.commands.watch import top  # noqa: PLC0415
 
             return top(router, as_json=options.as_json)
+        case "plan":
+            from trio_router.commands.plan import plan  # noqa: PLC0415
+
+            return plan(router, as_json=options.as_json, **given)
         case name:
             from trio_router.commands import models  # noqa: PLC0415
 

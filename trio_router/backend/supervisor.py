@@ -196,9 +196,14 @@ class Supervisor:
             self.move(Move.RESET)
         return previous
 
+    @property
+    def to_be_tried(self) -> bool:
+        """Of a model that failed: whether that is long enough ago."""
+        return trio.current_time() >= self._failed_until
+
     def try_again(self) -> bool:
         """Have a model that failed long enough ago be off again, for one more try; whether it was that long ago."""
-        if trio.current_time() < self._failed_until:
+        if not self.to_be_tried:
             return False
         self.attempts = self.settings.max_load_attempts - 1
         self.crashes = min(self.crashes, MAX_CRASHES - 1)

@@ -113,6 +113,13 @@ def expected_wait(
     return opens_in + alike * by_slot + spread * max(0.0, by_work)
 
 
+def drained_in(pace: Pace, elapsed: Sequence[float]) -> float | None:
+    """Seconds until all requests are done that have run for so long; None: too little was measured."""
+    if not elapsed:
+        return 0.0
+    return max(max(pace.mean - seconds, OVERDUE * pace.mean) for seconds in elapsed) if pace.measured else None
+
+
 def overtaken(seconds: float, share: float, until: float) -> float:
     """How long a wait of `seconds` becomes when others take that share of the slots for the first `until` seconds."""
     return seconds / (1 - share) if seconds <= until * (1 - share) else seconds + until * share

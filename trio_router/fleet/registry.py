@@ -15,6 +15,7 @@ and each ends its llama-server.
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -26,10 +27,21 @@ from trio_router.backend.launch import Launcher
 from trio_router.backend.lifecycle import Move, State
 from trio_router.backend.supervisor import Supervisor, SupervisorSettings, new_journal
 from trio_router.config.schema import ModelConfig, RouterConfig
-from trio_router.errors import BackendUnavailable, ShuttingDown, UnknownModel, shown
+from trio_router.errors import (
+    BackendUnavailable,
+    DeadlineExceeded,
+    DeadlineUnreachable,
+    QueueFull,
+    QueueTimeout,
+    ShuttingDown,
+    UnknownModel,
+    shown,
+)
 from trio_router.fleet.estimate import LoadPace
+from trio_router.fleet.explain import Plan
 from trio_router.fleet.model import Model
 from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decide
+from trio_router.fleet.planner import decided, plan_for
 from trio_router.fleet.reload import Changes
 from trio_router.fleet.scheduler import Lease, Scheduler
 from trio_router.fleet.ticket import Priority, Ticket
@@ -39,6 +51,8 @@ from trio_router.telemetry.events import Events, Reloaded, RequestFinished, Serv
 from trio_router.telemetry.facts import FleetFacts
 
 log = structlog.get_logger("trio_router.fleet")
+
+KEPT_DECISIONS = 1000
 
 _STATES = tuple(state.value for state in State)
 
@@ -78,6 +92,8 @@ class Registry:
     """starting, ready, draining: what users see of the router itself."""
     started_at: float = attrs.field(factory=time.time)
     updated_at: float = attrs.field(factory=time.time)
+    decisions: deque[Plan] = attrs.field(factory=lambda: deque(maxlen=KEPT_DECISIONS))
+    """The last ones, oldest first."""
     _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count)
     _mail: trio.MemorySendChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
     _inbox: trio.MemoryReceiveChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
@@ -176,7 +192,11 @@ class Registry:
         """
         model = self.model(ticket.alias)
         self._admit(model)
-        return await model.scheduler.acquire(ticket)
+        try:
+            return await model.scheduler.acquire(ticket)
+        except (QueueFull, QueueTimeout, DeadlineUnreachable, DeadlineExceeded) as error:
+            error.details["decision"] = self.plan(ticket).as_json()
+            raise
 
     def _admit(self, model: Model) -> None:
         if self.draining:
@@ -336,16 +356,27 @@ class Registry:
                 again = self._do(nursery, self._decide())
 
     def _decide(self) -> Decision:
+        return decide(self.snapshot())
+
+    def snapshot(self, also: Model | None = None) -> Snapshot:
+        """What a decision may know; `also` of a model that nobody wants."""
         system = self.config.system
-        return decide(
-            Snapshot(
-                now=trio.current_time(),
-                models=[model.snapshot() for model in self._all() if model.matters] if not self.draining else [],
-                max_resident=system.max_concurrent_models,
-                idle_timeout=system.idle_timeout_sec if system.enable_idle_timeout else None,
-                turns=TurnRules(min_turn=system.min_turn_sec, max_swap_wait=system.max_swap_wait_sec),
-            )
+        models = [model for model in self._all() if model.matters or model is also] if not self.draining else []
+        return Snapshot(
+            now=trio.current_time(),
+            models=[model.snapshot() for model in models],
+            max_resident=system.max_concurrent_models,
+            idle_timeout=system.idle_timeout_sec if system.enable_idle_timeout else None,
+            turns=TurnRules(min_turn=system.min_turn_sec, max_swap_wait=system.max_swap_wait_sec),
         )
+
+    def projected_bytes(self) -> int:
+        """What models in memory are projected to hold on devices."""
+        return sum(model.footprint_bytes or 0 for model in self._all() if model.state.resident)
+
+    def plan(self, ticket: Ticket) -> Plan:
+        """What would happen to a request with this ticket."""
+        return plan_for(self, ticket)
 
     def _all(self) -> list[Model]:
         """Every model that may hold memory; no two have the same alias."""
@@ -353,6 +384,8 @@ class Registry:
 
     def _do(self, nursery: trio.Nursery, decision: Decision) -> float:
         models = {model.alias: model for model in self._all()}
+        if decision.actions or decision.yielding:
+            self.decisions.extend(decided(self, decision))
         for action in decision.actions:
             match action:
                 case Start():

@@ -30,7 +30,7 @@ import trio
 
 from trio_router.backend.backend import Backend, Slot
 from trio_router.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull, QueueTimeout, RouterError
-from trio_router.fleet.estimate import Pace, expected_wait, overtaken, retry_after
+from trio_router.fleet.estimate import Pace, drained_in, expected_wait, overtaken, retry_after
 from trio_router.fleet.ranks import Rank, Waiter, in_order
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.fleet.turns import Head
@@ -139,11 +139,9 @@ class Scheduler:
         """
         if self._free and (not ticket.alone or not self._busy):  # and so nobody waits
             return self._grant(ticket, self._free.pop())
-        # while no backend is open its slots are still to come: those who will get them do not wait for each other
-        room = self.max_waiting + (self.slots if self.backend is None else 0)
         if not ticket.requeued:
             ahead = self.ahead(ticket)
-            if self.waiting >= room:
+            if self.waiting >= self.room:
                 why = f"{self.waiting} requests wait for model {self.alias!r}, as many as may"
                 raise self._refusal(QueueFull, why, ticket, ahead)
             ticket.position = ahead + 1
@@ -214,9 +212,28 @@ class Scheduler:
         backend = self.backend
         if backend is None:
             return expected_wait(self.pace, ahead=ahead, slots=self.slots, elapsed=(), opens_in=self.opens_in())
+        return expected_wait(self.pace, ahead=ahead, slots=len(backend.slots), elapsed=self._elapsed(), opens_in=0.0)
+
+    def drained_in(self) -> float | None:
+        """Seconds until all that run are done; None: too little was measured."""
+        return drained_in(self.pace, self._elapsed())
+
+    def _elapsed(self) -> list[float]:
+        """For how long each has run."""
+        slots = () if self.backend is None else self.backend.slots
         now = trio.current_time()
-        elapsed = [now - slot.since for slot in backend.slots if slot not in self._free and slot not in self._aside]
-        return expected_wait(self.pace, ahead=ahead, slots=len(backend.slots), elapsed=elapsed, opens_in=0.0)
+        return [now - slot.since for slot in slots if slot not in self._free and slot not in self._aside]
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether a request that comes now has a slot at once."""
+        return bool(self._free)
+
+    @property
+    def room(self) -> int:
+        """How many may wait."""
+        # while no backend is open its slots are still to come: those who will get them do not wait for each other
+        return self.max_waiting + (self.slots if self.backend is None else 0)
 
     def _enqueue(self, waiter: Waiter) -> None:
         self._ranks[waiter.ticket.priority].add(waiter, next(self._order))

@@ -220,9 +220,12 @@ class Admission:
 _INFERENCE_ENDS: Final = tuple(INFERENCE_PATHS)
 
 
+PLAN_PATH: Final = "/v1/router/plan"
+
+
 def changes_state(method: str, path: str) -> bool:
     """Whether a request is an operator's: it does more than to read, or to ask a model."""
-    if method in SAFE_METHODS or path.rstrip("/") in INFERENCE_PATHS:
+    if method in SAFE_METHODS or path.rstrip("/") in INFERENCE_PATHS or path == PLAN_PATH:
         return False
     return not (path.startswith(UPSTREAM) and path.endswith(_INFERENCE_ENDS))
 

@@ -35,7 +35,7 @@ from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
-from trio_router.web import llama_router, logs, models, monitoring, openapi, reload, responses, ui
+from trio_router.web import llama_router, logs, models, monitoring, openapi, plans, reload, responses, ui
 from trio_router.web.admission import INFERENCE_PATHS, Admission, changes_state, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
@@ -132,6 +132,7 @@ def create_app(
     add_streams(app, streams)
     logs.add_routes(app, registry)
     reload.add_routes(app, reloader)
+    plans.add_routes(app, registry)
     ui.add_routes(app)
     openapi.add_routes(app, registry, admission)
     return app

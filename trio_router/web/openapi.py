@@ -179,6 +179,21 @@ _HEALTH = _object(
     status={"enum": ["ok", "degraded"]}, checks=OBJECT, version=STRING, uptime_seconds=NUMBER, port=COUNT_OR_NULL
 )
 
+_PLAN = _object(
+    at={"type": ["number", "null"]},
+    model=STRING,
+    priority=TEXT_OR_NULL,
+    outcome={"enum": ["run", "queue", "load", "wait", "never", "start", "evict", "yield", "unload"]},
+    why=STRING,
+    code=TEXT_OR_NULL,
+    queue_position=COUNT_OR_NULL,
+    evicts=STRINGS,
+    place_in_ms=COUNT_OR_NULL,
+    estimated_wait_ms=COUNT_OR_NULL,
+    memory_before_mb=COUNT_OR_NULL,
+    memory_after_mb=COUNT_OR_NULL,
+)
+
 ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     *map(_inference, sorted(INFERENCE_PATHS)),
     _get(
@@ -267,6 +282,21 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         summary="Finish what runs, and stop, as SIGTERM does.",
         tag="configuration",
         answers={200: (JSON, _object(status=STRING, message=STRING))},
+    ),
+    Endpoint(
+        method="post",
+        path="/v1/router/plan",
+        summary="What would happen to a request that came now: run, where in the queue, who would leave, or why never.",
+        tag="monitoring",
+        answers={200: (JSON, _PLAN)},
+        errors=(404,),
+        parameters=(PRIORITY,),
+        body="NamedModel",
+    ),
+    _get(
+        "/v1/router/decisions",
+        "The last decisions on which models are loaded, oldest first.",
+        _object(decisions={"type": "array", "items": _PLAN}),
     ),
     _get("/models", "The models there are, as llama-server's router tells.", _MODELS, tag="llama-server's router"),
     Endpoint(

@@ -1,0 +1,153 @@
+"""Plans of a registry, as it is now: reads everything, touches nothing."""
+
+import time
+from typing import TYPE_CHECKING
+
+import trio
+
+from trio_router.backend.lifecycle import State
+from trio_router.errors import QueueFull, ShuttingDown
+from trio_router.fleet.estimate import expected_wait
+from trio_router.fleet.explain import Plan, room_for
+from trio_router.fleet.placement import Decision, Retire, Start
+from trio_router.fleet.ticket import Ticket
+from trio_router.fleet.turns import Head
+
+if TYPE_CHECKING:
+    from trio_router.fleet.model import Model
+    from trio_router.fleet.registry import Registry
+
+
+def plan_for(registry: "Registry", ticket: Ticket) -> Plan:
+    """What would happen to a request with this ticket."""
+    model = registry.model(ticket.alias)
+    scheduler = model.scheduler
+    held = registry.projected_bytes()
+    plan = _Telling(model=model, ticket=ticket, held=held)
+    if registry.draining:
+        return plan.never("the router is shutting down", ShuttingDown.code)
+    if model.state is State.FAILED and not model.supervisor.to_be_tried:
+        error = model.supervisor.failure()
+        return plan.never(error.message, error.code)
+    ahead = scheduler.ahead(ticket)
+    if scheduler.has_slot:
+        return plan.told("run", f"model {model.alias!r} has a free slot", position=0, wait=0.0)
+    if scheduler.waiting >= scheduler.room:
+        return plan.never(
+            f"{scheduler.waiting} requests wait for model {model.alias!r}, as many as may", QueueFull.code
+        )
+    if scheduler.paused or model.retiring is not None or not model.state.resident:
+        return _with_place(registry, plan, ahead)
+    ready = scheduler.backend is not None
+    why = f"the slots of model {model.alias!r} are taken" if ready else f"model {model.alias!r} is being loaded"
+    return plan.told(
+        "queue" if ready else "load",
+        f"{why}; {ahead} requests go before",
+        position=ahead + 1,
+        wait=scheduler.expected(ticket, ahead),
+    )
+
+
+def _never(registry: "Registry", model: "Model") -> tuple[str, str] | None:
+    """Why a request for it would be refused, and the error's code."""
+    scheduler = model.scheduler
+    if registry.draining:
+        return "the router is shutting down", ShuttingDown.code
+    if model.state is State.FAILED and not model.supervisor.to_be_tried:
+        error = model.supervisor.failure()
+        return error.message, error.code
+    if scheduler.waiting >= scheduler.room and not scheduler.has_slot:
+        return f"{scheduler.waiting} requests wait for model {model.alias!r}, as many as may", QueueFull.code
+    return None
+
+
+def _with_place(registry: "Registry", plan: "_Telling", ahead: int) -> Plan:
+    """The plan for a request whose model is not in memory, or on its way out."""
+    model, ticket = plan.model, plan.ticket
+    head = Head(key=ticket.key, arrived_at=ticket.arrived_at, steps=ticket.priority.steps)
+    room = room_for(registry.snapshot(model), model.alias, head)
+    if room.seconds is None:
+        why = f"model {model.alias!r} waits for a place: every model in memory has work, and others wait before it"
+        return plan.told("wait", why, position=ahead + 1, wait=None)
+    drains = [registry.model(victim).scheduler.drained_in() for victim in room.evicts]
+    begins = _sum(room.seconds, *drains, model.load_seconds)
+    scheduler = model.scheduler
+    wait = expected_wait(scheduler.pace, ahead=ahead, slots=scheduler.slots, elapsed=(), opens_in=begins)
+    after = plan.held + (model.footprint_bytes or 0) - sum(
+        registry.model(victim).footprint_bytes or 0 for victim in room.evicts
+    )  # fmt: skip
+    outcome, why = "load", f"model {model.alias!r} is loaded: there is room for it"
+    if room.evicts:
+        victims = ", ".join(map(repr, room.evicts))
+        outcome = "wait" if room.seconds else "load"
+        when = f"whose turn ends in {room.seconds:.1f} s" if room.seconds else "which makes room now"
+        why = f"model {model.alias!r} is loaded in the place of {victims}, {when}"
+    return plan.told(
+        outcome, why, position=ahead + 1, wait=wait, evicts=room.evicts, place=room.seconds, after=after
+    )  # fmt: skip
+
+
+def _sum(*parts: float | None) -> float | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+class _Telling:
+    """What all plans for one request have in common."""
+
+    def __init__(self, *, model: "Model", ticket: Ticket, held: int) -> None:
+        self.model, self.ticket, self.held = model, ticket, held
+
+    def never(self, why: str, code: str) -> Plan:
+        return Plan(
+            model=self.model.alias, priority=self.ticket.priority.label, outcome="never", why=why, code=code,
+            memory_before=self.held, memory_after=self.held,
+        )  # fmt: skip
+
+    def told(
+        self, outcome: str, why: str, *, position: int, wait: float | None,
+        evicts: tuple[str, ...] = (), place: float | None = None, after: int | None = None,
+    ) -> Plan:  # fmt: skip
+        return Plan(
+            model=self.model.alias, priority=self.ticket.priority.label, outcome=outcome, why=why,
+            queue_position=position, evicts=evicts, place_seconds=place, wait_seconds=wait,
+            memory_before=self.held, memory_after=self.held if after is None else after,
+        )  # fmt: skip
+
+
+def decided(registry: "Registry", decision: Decision) -> list[Plan]:
+    """What a decision is about to do, as plans that have come true; one that yields already is not told of again."""
+    now = trio.current_time()
+    held = registry.projected_bytes()
+    models = {model.alias: model for model in (*registry.models.values(), *registry.leaving)}
+    told = []
+
+    def tell(alias: str, outcome: str, why: str, evicts: tuple[str, ...] = (), change: int = 0) -> None:
+        head = models[alias].scheduler.head()
+        priority = None if head is None else ("high", "normal", "low")[head.steps]
+        told.append(
+            Plan(
+                model=alias, priority=priority, outcome=outcome, why=why, at=time.time(), evicts=evicts,
+                wait_seconds=models[alias].load_seconds if outcome in {"start", "evict"} else None,
+                memory_before=held, memory_after=held + change,
+            )
+        )  # fmt: skip
+
+    for action in decision.actions:
+        own = models[action.alias].footprint_bytes or 0
+        match action:
+            case Start(alias=alias):
+                head = models[alias].scheduler.head()
+                why = "nobody waits for it" if head is None else f"a request waits for {now - head.arrived_at:.3f} s"
+                tell(alias, "start", f"there is room for model {alias!r}: {why}", change=own)
+            case Retire(alias=alias, heir=str(heir)):
+                why = f"model {alias!r} makes room for {heir!r}"
+                tell(heir, "evict", why, evicts=(alias,), change=(models[heir].footprint_bytes or 0) - own)
+            case Retire(alias=alias, reason=reason):
+                tell(alias, "unload", f"model {alias!r} leaves: {reason.value}", change=-own)
+    for alias, heir in decision.yielding.items():
+        if not models[alias].scheduler.paused:
+            tell(
+                heir, "yield", f"model {alias!r} makes room for {heir!r} when what runs on it is done", evicts=(alias,)
+            )
+    return told
