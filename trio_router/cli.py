@@ -18,13 +18,11 @@ from trio_router import __version__
 if TYPE_CHECKING:
     _Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001  (it has no other name)
 
-    from trio_router.config import ModelConfig, Problem, RouterConfig
-    from trio_router.memory.footprint import Footprint
+    from trio_router.config import Problem, RouterConfig
 
 CLEAN = 0
 BAD_CONFIG = 2
 
-_MIB = 1024 * 1024
 _DEFAULT_CONFIG = "router.toml"
 _DEFAULT_URL = "http://127.0.0.1:8000"
 _INTERRUPTED = 130
@@ -51,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
         _print_problems(error.problems)
         return BAD_CONFIG
     if options.command == "check":
-        return _check(config, environ)
+        return _check(config, environ, ask=options.ask)
     config = _with_address(config, options, parser)
     return _serve(config, environ, options, lambda: _with_address(read(), options, parser))
 
@@ -82,8 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
     )
-    commands.add_parser(
+    check = commands.add_parser(
         "check", parents=[config], allow_abbrev=False, help="say what is wrong with the configuration and its files"
+    )
+    check.add_argument(
+        "--ask", action="store_true", help="have llama-server say what each model needs, if nobody knows"
     )
     return parser
 
@@ -268,47 +269,14 @@ def _serve(
     return tree.main(config, server, read, log_format=options.log_format, log_level=options.log_level)
 
 
-def _check(config: "RouterConfig", environ: Mapping[str, str]) -> int:
+def _check(config: "RouterConfig", environ: Mapping[str, str], *, ask: bool) -> int:
     """Print what each model would need, and everything that is wrong."""
-    from trio_router.config import file_problems, model_problem  # noqa: PLC0415
-    from trio_router.memory.footprint import estimate  # noqa: PLC0415
-    from trio_router.memory.gguf import GgufError, read_header  # noqa: PLC0415
+    from trio_router.commands.check import check  # noqa: PLC0415
 
-    problems = list(file_problems(config, environ))
-    known = {problem.key for problem in problems}
-    rows = [("ALIAS", "SLOTS", "SIZE", "GPU", "HOST", "OF WHICH (MiB)", "FILE")]
-    for model in config.models.values():
-        numbers = ("-", "-", "-", "-")
-        if model_problem(config, model, "").key not in known:
-            try:
-                read_header(model.file)
-                footprint = estimate(
-                    model, multiplier=config.system.vram_multiplier, gpu=bool(config.system.gpu_devices)
-                )
-            except (GgufError, OSError) as error:
-                problems.append(model_problem(config, model, str(error)))
-            else:
-                numbers = _numbers(model, footprint)
-        rows.append((model.alias, str(model.slots), *numbers, str(model.file)))
+    rows, problems = check(config, environ, ask=ask)
     _print_table(rows)
     _print_problems(problems)
     return BAD_CONFIG if problems else CLEAN
-
-
-def _numbers(model: "ModelConfig", footprint: "Footprint") -> tuple[str, str, str, str]:
-    """The columns SIZE to OF WHICH."""
-    by_name: dict[str, int] = {}
-    for part in footprint.parts:  # a name stands once for the device and once for the host
-        by_name[part.name] = by_name.get(part.name, 0) + part.bytes
-    parts = ", ".join(f"{name} {_mib(size)}" for name, size in by_name.items() if size >= _MIB // 2)
-    note = f" ({footprint.note})" if footprint.note else ""
-    sizes = (model.file.stat().st_size, footprint.device_bytes, footprint.host_bytes)
-    size, device, host = (f"{_mib(size)} MiB" for size in sizes)
-    return size, device, host, parts + note
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / _MIB:.0f}"
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:

@@ -8,7 +8,7 @@
     |  `- supervisor[...]
     |- devices.run                  NVML samples
     |- notifier.run                 systemd's watchdog, if it is there
-    |- fill_footprints              reads the models' files, at the start and after a reload
+    |- footprints.run               learns what models need; footprints.fill reads their files, also after a reload
     |- streams.run                  heartbeats and numbers for those who watch
     |- keeper.run                   comments for streams that wait
     `- listener                     last to start
@@ -29,6 +29,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TextIO, cast
 
+import attrs
 import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
@@ -39,10 +40,11 @@ from trio_router.backend.launch import Launcher
 from trio_router.backend.reaper import reaping
 from trio_router.config import LlamaServer
 from trio_router.config.schema import RouterConfig
-from trio_router.fleet.footprints import fill_footprints
+from trio_router.fleet.footprints import Footprints
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.reload import Changes
 from trio_router.memory.devices import DeviceMonitor
+from trio_router.memory.learned import Learned, default_folder
 from trio_router.notify import Notifier
 from trio_router.telemetry.events import Events, RequestSink
 from trio_router.telemetry.keys import KeyMetrics
@@ -108,11 +110,14 @@ async def serve(
     """The root; `requests` is told of those that ended. Returns the exit status."""
     events = Events()
     devices = DeviceMonitor(gpu_devices=config.system.gpu_devices)
+    launcher = attrs.evolve(launcher, gpu=lambda: bool(devices.snapshot.devices))
     registry = Registry.of(config, launcher, events, devices)
+    learned = Learned(config.system.state_dir or default_folder(os.environ))
+    footprints = Footprints(registry=registry, launcher=launcher, devices=devices, learned=learned)
     summary = Summary(config.models)
     metrics = Metrics(config.models, INFERENCE_PATHS, version=__version__)
     notifier = Notifier.of(os.environ)
-    events.sinks += [summary, metrics, notifier]
+    events.sinks += [summary, metrics, notifier, footprints.hear]
     events.request_sinks += [registry.learn, summary.requests, metrics.requests, KeyMetrics(metrics.registry)]
     events.request_sinks += [] if requests is None else [requests]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
@@ -143,7 +148,8 @@ async def serve(
             await root.start(events.run)
             await root.start(registry.run)
             await root.start(devices.run)
-            await root.start(fill_footprints, registry, launcher, devices)
+            await root.start(footprints.fill)
+            await root.start(footprints.run)
             await root.start(streams.run)
             await root.start(keeper.run)
             await root.start(notifier.run, registry.facts)
@@ -157,7 +163,7 @@ async def serve(
 
             def reloaded(changes: Changes) -> None:
                 plane.max_body_bytes = changes.config.api.max_body_bytes
-                root.start_soon(root.start, fill_footprints, registry, launcher, devices)
+                root.start_soon(root.start, footprints.fill)
 
             reloader.told.append(reloaded)
             await root.start(serve_connections, Connections(app=ASGIWrapper(app), plane=plane), sockets)

@@ -1,13 +1,25 @@
 import os
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.harness.toml import located, router_toml
-from trio_router.config import ApiConfig, BackendTransport, ConfigError, RouterConfig, SystemConfig, load_config
+from trio_router.config import (
+    ApiConfig,
+    BackendTransport,
+    ConfigError,
+    ModelConfig,
+    RouterConfig,
+    SystemConfig,
+    load_config,
+)
+from trio_router.config.schema import DERIVED
 
+KNOWN = ", ".join(field.name for field in attrs.fields(ModelConfig) if field.metadata != DERIVED)
+"""Keys of a model."""
 MODEL = '[models.m]\nmodel_path = "m.gguf"\n'
 
 
@@ -147,7 +159,7 @@ def test_a_wrong_value_is_told_even_if_the_environment_overrides_it(problems):
 def test_problems_of_the_environment_name_the_variable(problems, tmp_path):
     (tmp_path / ".env").write_text("\nBASE_MODELS_PATH=~no-such-user-here/x\n")
     assert problems(MODEL + "x = 1\n", API_KEY="hunter 2") == [
-        "router.toml:3: models.m.x: unknown key; known here: model_path, flags, keepalive",
+        f"router.toml:3: models.m.x: unknown key; known here: {KNOWN}",
         "environment: API_KEY: expected visible ASCII characters without blanks",
         f"{tmp_path / '.env'}:2: BASE_MODELS_PATH: no home folder is known for '~no-such-user-here/x'",
     ]
@@ -185,7 +197,7 @@ max_body = 5
         "router.toml:8: models.qwen.model_path: missing; a path, or 'package:NAME/FILE.gguf'",
         "router.toml:9: models.qwen.flags[3]: expected str, got int 4",
         "router.toml:9: models.qwen.flags[0]: --host belongs to the router: the router chooses where llama-server listens",
-        "router.toml:10: models.qwen.slots: unknown key; known here: model_path, flags, keepalive",
+        f"router.toml:10: models.qwen.slots: unknown key; known here: {KNOWN}",
         "router.toml:12: models.status: reserved: paths under /v1/models/ use eject, failed, load, reset, status themselves",
         "router.toml:16: api.port: expected int, got str '80'",
         "router.toml:17: api.max_body: unknown key; did you mean 'max_body_mb'?",
@@ -255,8 +267,8 @@ def test_one_thing_wrong(problems, line, message):
         ),
         ("flags = ['-np', 'x']", "flags: -np/--parallel: expected an int >= 1, got 'x'"),
         ('flags = ["a\\u0000"]', r"flags: expected an argument without NUL, got 'a\x00'"),
-        ("slots = '3'", "slots: unknown key; known here: model_path, flags, keepalive"),
-        ("alias = 'x'", "alias: unknown key; known here: model_path, flags, keepalive"),
+        ("slots = '3'", f"slots: unknown key; known here: {KNOWN}"),
+        ("alias = 'x'", f"alias: unknown key; known here: {KNOWN}"),
         ("flag = []", "flag: unknown key; did you mean 'flags'?"),
     ],
 )

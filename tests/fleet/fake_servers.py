@@ -51,6 +51,7 @@ class FakeServer:
     tail: LogTail = attrs.field(factory=LogTail)
     code: int | None = None
     illness: str = ""
+    hear: Any = None
     _exit: trio.Event = attrs.field(factory=trio.Event)
     _ill: trio.Event = attrs.field(factory=trio.Event)
     _reaped: trio.Event = attrs.field(factory=trio.Event)

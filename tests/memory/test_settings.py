@@ -33,6 +33,8 @@ def model(flags: str, slots: int = 1) -> ModelConfig:
         ("-nkvo", {"cache_on_device": False}),
         ("-nkvo --kv-offload", {}),
         ("-ub 1024", {"micro_batch": 1024}),
+        ("-ub 1024 --embedding", {"micro_batch": 1024, "outputs": 1024}),
+        ("--reranking", {"outputs": 512}),
         ("-b 128", {"micro_batch": 128}),
         ("-fa off", {"flash_attention": False}),
         ("-fa auto", {}),
@@ -51,4 +53,4 @@ def test_slots_are_the_models() -> None:
 
 def test_a_draft_has_layers_and_cache_types_of_its_own() -> None:
     draft = draft_settings_of(model("-c 4096 -ngl 3 -ngld 5 -ctk q8_0 -ctvd q4_0", slots=2))
-    assert draft == MemorySettings(context=4096, slots=2, gpu_layers=5, type_v=CACHE_TYPES["q4_0"])
+    assert draft == MemorySettings(context=4096, slots=2, outputs=2, gpu_layers=5, type_v=CACHE_TYPES["q4_0"])

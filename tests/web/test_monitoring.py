@@ -189,6 +189,8 @@ async def test_footprint(autojump_clock: MockClock, servers: FakeServers) -> Non
         assert told == {
             "model": "a",
             "vram_mb": 20480,
+            "reserve_mb": 20480,
+            "source": "formula",
             "host_mb": 1024,
             "total_mb": 21504,
             "vram_used_mb": None,

@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import attrs
 
 from trio_router.backend.address import Address, tcp_address, unix_address
+from trio_router.backend.fit import PROJECTING, fit_environment
 from trio_router.backend.process import ServerProcess
 from trio_router.backend.reaper import Reaper
 from trio_router.config import LlamaServer, last_value, unusable_reason
@@ -44,6 +45,8 @@ class Launcher:
     """Private: sockets live here."""
     transport: BackendTransport
     reaper: Reaper | None = None
+    gpu: Callable[[], bool] = lambda: False
+    """Whether there is a GPU now."""
 
     def launch(self, model: ModelConfig, number: int, incarnation: int) -> tuple[ServerProcess, Address]:
         """Start one for `model`, the `number`th of the configuration. Raises LaunchFailed."""
@@ -56,7 +59,20 @@ class Launcher:
                 case BackendTransport.TCP:
                     address = tcp_address()
             environment = child_environment(os.environ, self.server.environment, address.key)
+            environment |= fit_environment(model.flags, gpu=self.gpu())
             return ServerProcess.spawn(self.command(model, address), environment, self.reaper), address
+        except OSError as error:
+            raise LaunchFailed(f"cannot start {self.server.path}: {error.strerror or error}") from error
+
+    def launch_to_project(self, model: ModelConfig, number: int) -> tuple[ServerProcess, Address]:
+        """Start the `number`th that is only to say what it would take; it is to be ended then. Raises LaunchFailed."""
+        if problem := unusable_reason(model):
+            raise LaunchFailed(problem)
+        try:
+            address = Address(path=str(self.folder / f"projection-{number}.sock"))
+            environment = child_environment(os.environ, self.server.environment, None)
+            command = [*self.command(model, address), *PROJECTING]
+            return ServerProcess.spawn(command, environment, self.reaper), address
         except OSError as error:
             raise LaunchFailed(f"cannot start {self.server.path}: {error.strerror or error}") from error
 

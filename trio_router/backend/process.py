@@ -13,7 +13,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import attrs
@@ -50,6 +50,8 @@ class ServerProcess:
     _output: int
     _reaper: Reaper | None = None
     tail: LogTail = attrs.field(factory=LogTail)
+    hear: Callable[[str], None] | None = None
+    """Told of each line, for as long as somebody wants to know."""
     _log_scope: trio.CancelScope = attrs.field(factory=lambda: trio.CancelScope(shield=True))
     _code: int | None = None
 
@@ -110,6 +112,8 @@ class ServerProcess:
                 async for data in stream:
                     for line in self.tail.feed(bytes(data)):
                         log.debug("llama-server", model=name, line=line)
+                        if self.hear is not None:
+                            self.hear(line)
         self.tail.close()
 
     def has_exited(self) -> bool:

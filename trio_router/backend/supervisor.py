@@ -42,6 +42,7 @@ from trio_router.backend.lifecycle import Move, State, after
 from trio_router.backend.logtail import LogTail
 from trio_router.backend.process import ServerProcess
 from trio_router.backend.stall import until_stalled
+from trio_router.backend.weighing import Weighing
 from trio_router.config.schema import ModelConfig, SystemConfig
 from trio_router.errors import LoadTimeout, ModelFailed, RouterError
 from trio_router.telemetry.events import (
@@ -134,6 +135,7 @@ class Supervisor:
     gate: Gate
     events: Events
 
+    weighing: Weighing = attrs.field(init=False)
     state: State = State.OFF
     incarnation: int = 0
     backend: Backend | None = None
@@ -168,6 +170,9 @@ class Supervisor:
     """Trio time before which no incarnation is started."""
     _failed_until: float = math.inf
     """Trio time from which a failed model is tried once more."""
+
+    def __attrs_post_init__(self) -> None:
+        self.weighing = Weighing(self.model.alias)
 
     @property
     def address(self) -> Address | None:
@@ -223,6 +228,7 @@ class Supervisor:
         try:
             while True:
                 await trio.sleep_until(self._not_before)
+                await self.weighing.prepare()
                 if self.told_to_stop():
                     return
                 ending = await self._live()
@@ -237,6 +243,7 @@ class Supervisor:
                 self.events.emit(BackendRestarted(alias=self.model.alias))
                 self.move(Move.SPAWN)
         finally:
+            self.weighing.stopped()
             if self.state.resident:
                 if self.state is not State.STOPPING:
                     self.move(Move.STOP)
@@ -292,6 +299,7 @@ class Supervisor:
         try:
             process, address = self.launcher.launch(self.model, self.number, self.incarnation)
         except LaunchFailed as error:
+            self.weighing.stopped()
             self.journal.append(f"--- {error} ---")
             self.events.emit(LoadFinished(alias=self.model.alias, result=LoadResult.FAILED, seconds=0.0))
             return Ending(kind=None, code=0, message=str(error), was_ready=False)
@@ -302,6 +310,7 @@ class Supervisor:
 
     async def _tend(self, process: ServerProcess, address: Address) -> Ending:
         spawned = self.loading_since = trio.current_time()
+        self.weighing.spawned(process)
         why: str | None = None
         timed_out = False
         try:
@@ -327,7 +336,9 @@ class Supervisor:
                         self.gate.closed(self.backend)
                     # one that is condemned is not asked: it does not answer
                     condemned = why is not None and self.backend is not None
+                    self.weighing.stopping()
                     code = await (process.stop_within(0) if condemned else process.stop_within())
+                    self.weighing.stopped()
                     address.remove()
         finally:
             was_ready, self.backend = self.ready_at is not None, None
@@ -355,6 +366,7 @@ class Supervisor:
                 self.health.record(await until_ready(client, address), None)
             if loading.cancelled_caught:
                 return f"llama-server was not ready {self.settings.load_timeout_seconds:g} s after its start"
+            self.weighing.ready(life, process)
             self.backend = Backend(
                 alias=self.model.alias,
                 incarnation=self.incarnation,

@@ -43,8 +43,8 @@ def load_config(path: Path, environ: Mapping[str, str]) -> RouterConfig:
     ):
         if name in variables:
             problems += _override(owner, field, variables[name])
-    for name in ("llama_server_path", "base_models_path"):
-        if name in system:
+    for name in ("llama_server_path", "base_models_path", "state_dir"):
+        if system.get(name) is not None:
             system[name] = folder / system[name]
     base = system.setdefault("base_models_path", folder)
 

@@ -110,6 +110,8 @@ class SystemConfig:
     """How llama-servers are reached: Unix sockets in a private folder, or loopback ports with a key per process."""
     default_model: str | None = None
     """Answers requests that name no model of ours, or none; None: those are errors."""
+    state_dir: Path | None = None
+    """Where what was learned about memory is kept; None: $STATE_DIRECTORY, $XDG_STATE_HOME/trio-router, ~/.local/state."""
 
 
 @attrs.frozen(kw_only=True)
@@ -125,6 +127,8 @@ class ModelConfig:
     """For llama-server, unchanged."""
     keepalive: bool = True
     """Whether streams that wait for it begin with comments."""
+    vram_mb: int | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=1)))
+    """What it takes of a GPU's memory, MiB; None: that is found out. A measured load is believed before this."""
     slots: int = attrs.field(default=1, metadata=DERIVED, validator=Within(minimum=1))
     """Parallel sequences: the flags' `--parallel`, else `system.default_parallel`."""
 

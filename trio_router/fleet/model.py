@@ -98,8 +98,8 @@ class Model:
 
     @property
     def footprint_bytes(self) -> int | None:
-        """What it is projected to need on devices."""
-        return None if self.footprint is None else self.footprint.device_bytes
+        """What it is projected to need on devices, without the margin that is reserved besides."""
+        return None if self.footprint is None else self.footprint.projected_device_bytes
 
     def device_bytes(self) -> dict[int, int]:
         """What its llama-server holds by device, as the driver says: to be shown, never to decide by."""

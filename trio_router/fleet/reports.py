@@ -166,6 +166,8 @@ def footprint_report(model: Model) -> dict[str, Any]:
     return {
         "model": model.alias,
         "vram_mb": mebibytes(model.footprint_bytes),
+        "reserve_mb": None if footprint is None else mebibytes(footprint.device_bytes),
+        "source": None if footprint is None else footprint.trust.value,
         "host_mb": None if footprint is None else mebibytes(footprint.host_bytes),
         "total_mb": None if footprint is None else mebibytes(footprint.total_bytes),
         "vram_used_mb": mebibytes(sum(held.values())) if held else None,

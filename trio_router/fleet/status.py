@@ -62,6 +62,7 @@ def status(model: Model) -> dict[str, Any]:
     address = supervisor.address
     queue = model.scheduler.statistics()
     held = model.device_bytes()
+    layers = supervisor.weighing.said.layers
     return {
         "alias": model.alias,
         "status": model.state.value,
@@ -79,6 +80,9 @@ def status(model: Model) -> dict[str, Any]:
         "active": queue.active,
         "queued": queue.waiting,
         "n_ctx": supervisor.context,
+        "gpu_layers": None if layers is None else {"on_gpus": layers[0], "of": layers[1]},
+        "fitted": list(supervisor.weighing.said.fitted),
+        "vram_source": None if model.footprint is None else model.footprint.trust.value,
         "load_duration_sec": supervisor.load_seconds,
     }
 

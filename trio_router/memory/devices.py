@@ -77,6 +77,7 @@ class DeviceMonitor:
     _snapshot: Snapshot = attrs.field(init=False)
     _seen: bool = attrs.field(default=False, init=False)
     _failures: int = attrs.field(default=0, init=False)
+    _sampler: NvmlSampler | None = attrs.field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         message = "not looked yet" if self.gpu_devices else "gpu_devices is empty: CPU only"
@@ -100,11 +101,19 @@ class DeviceMonitor:
             task_status.started()
             await trio.sleep_forever()
         sampler = NvmlSampler(self.gpu_devices) if self.nvml is None else NvmlSampler(self.gpu_devices, self.nvml)
+        self._sampler = sampler
         await self._look(sampler)
         task_status.started()
         while True:
             await trio.sleep(self._pause())
             await self._look(sampler)
+
+    async def look(self) -> Snapshot | None:
+        """A fresh sample, for somebody who must know what is there just now; None if there is none to be had."""
+        if self._sampler is None or self._snapshot.status is not DeviceStatus.OK:
+            return None
+        await self._look(self._sampler)
+        return self._snapshot if self._snapshot.status is DeviceStatus.OK else None
 
     def _pause(self) -> float:
         if self._failures:

@@ -1,11 +1,12 @@
 """How much memory a model will take, before it was ever loaded: weights, caches, compute buffers, and a margin.
 
 Checked against llama-server's own projection (`-lv 4`) for SmolLM2, on a GPU and without: all layers offloaded or nine
-of thirty, f16 and q8_0 caches, one slot and eight, with flash attention and without: within 3 MiB of what it says.
+of thirty, f16 and q8_0 caches, one slot and eight, with flash attention and without, embeddings: within 4 MiB of that.
 """
 
 import enum
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,23 @@ _EXPERT: Final = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch)?exps")
 _INPUT: Final = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
 
 
+def driver_allowance(server: Path) -> int:
+    """What the driver costs a process of `server` where nothing was learned yet: by the libraries beside it. Blocks."""
+    names = [path.name for path in server.parent.glob("*ggml-*")]
+    vulkan = any("ggml-vulkan" in name for name in names) and not any("ggml-cuda" in name for name in names)
+    return VULKAN_DRIVER_BYTES if vulkan else CUDA_DRIVER_BYTES
+
+
+class Trust(enum.Enum):
+    """Where the numbers of a footprint are from, the most trusted first."""
+
+    MEASURED = "measured"
+    DECLARED = "declared"
+    PROJECTED = "llama-server"
+    FORMULA = "formula"
+    SIZE = "file size"
+
+
 class Place(enum.Enum):
     """Where bytes lie."""
 
@@ -43,10 +61,11 @@ class Part:
     """One thing that takes memory."""
 
     name: str
-    """`weights`, `cache`, `compute`, `driver`, `projector`, `draft weights`, `draft cache`, `margin`."""
+    """`weights`, `cache`, `compute`, `driver`, `projector`, `draft weights`, `draft cache`, `other`, `all`, `margin`."""
     bytes: int
     source: str
-    """Where the number comes from: `header`, `formula`, `allowance`, `file size`, `file missing`, `vram_multiplier`."""
+    """Where the number comes from: `measured`, `router.toml`, `llama-server`, `learned`, `dry run`, `header`, `formula`,
+    `allowance`, `file size`, `file missing`, `vram_multiplier`."""
     place: Place
 
 
@@ -55,6 +74,7 @@ class Footprint:
     """What one model needs."""
 
     parts: tuple[Part, ...]
+    trust: Trust = Trust.FORMULA
     note: str | None = None
     """Why the formula could not be used."""
 
@@ -70,8 +90,13 @@ class Footprint:
     def host_bytes(self) -> int:
         return self._bytes(Place.HOST)
 
-    def _bytes(self, place: Place) -> int:
-        return sum(part.bytes for part in self.parts if part.place is place)
+    @property
+    def projected_device_bytes(self) -> int:
+        """What the device is expected to show; `device_bytes`, which is reserved, has the margin besides."""
+        return self._bytes(Place.DEVICE) - self._bytes(Place.DEVICE, "margin")
+
+    def _bytes(self, place: Place, name: str | None = None) -> int:
+        return sum(part.bytes for part in self.parts if part.place is place and name in {None, part.name})
 
 
 @attrs.frozen(kw_only=True)
@@ -144,7 +169,7 @@ def _compute(header: GgufHeader, settings: MemorySettings) -> int | None:
 
     There is no closed form: the graph decides. For a plain transformer it is the attention mask and the greediest
     of three phases, whose tensors share their memory: attention (without flash attention, the scores of every head),
-    feed-forward, and the logits of one token per slot. The factors are fitted to SmolLM2.
+    feed-forward, and the logits of one token per slot, or of every token. The factors are fitted to SmolLM2.
     """
     embedding, forward = number(header, "embedding_length"), _largest(header, "feed_forward_length")
     experts = _largest(header, "expert_used_count") * _largest(header, "expert_feed_forward_length")
@@ -155,7 +180,7 @@ def _compute(header: GgufHeader, settings: MemorySettings) -> int | None:
     mask = batch * cells * (2 if settings.flash_attention else _F32)
     attention = batch * (6 * embedding + scores)
     feed_forward = batch * (4 * embedding + 3 * max(forward, experts))
-    logits = settings.slots * _largest(header, "vocab_size")
+    logits = settings.outputs * _largest(header, "vocab_size")
     return mask + max(attention, feed_forward, logits) * _F32
 
 
@@ -210,7 +235,7 @@ def _beside(model: ModelConfig, *, gpu: bool) -> list[Part]:
     return parts
 
 
-def _margin(parts: list[Part], multiplier: float) -> list[Part]:
+def margin(parts: Sequence[Part], multiplier: float) -> list[Part]:
     """What `system.vram_multiplier` adds, by place."""
     extra = {
         place: round(sum(part.bytes for part in parts if part.place is place) * (multiplier - 1)) for place in Place
@@ -234,7 +259,7 @@ def estimate(
     """
     settings = settings_of(model)
     on_device = gpu and last_value(model.flags, frozenset({"-dev", "--device"})) != "none"
-    note = None
+    note, trust = None, Trust.FORMULA
     file_bytes = _size(model.file)
     try:
         header = read_header(model.file)
@@ -245,7 +270,7 @@ def estimate(
     except (GgufError, HeaderLacks) as exc:
         if file_bytes is None:
             raise
-        note = str(exc)
+        note, trust = str(exc), Trust.SIZE
         parts = [_whole_file("weights", file_bytes, on_device=on_device and settings.gpu_layers != 0)]
     parts += _beside(model, gpu=on_device)
-    return Footprint(parts=(*parts, *_margin(parts, multiplier)), note=note)
+    return Footprint(parts=(*parts, *margin(parts, multiplier)), trust=trust, note=note)

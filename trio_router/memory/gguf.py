@@ -25,7 +25,7 @@ from trio_router.errors import shown
 from trio_router.memory import ggml
 from trio_router.memory.cursor import Cursor, GgufError
 
-__all__ = ["GgufError", "GgufHeader", "Skipped", "TensorInfo", "Value", "read_header"]
+__all__ = ["GgufError", "GgufHeader", "Skipped", "TensorInfo", "Value", "read_header", "split_paths"]
 
 MAX_METADATA: Final = 10_000
 MAX_TENSORS: Final = 100_000
@@ -213,6 +213,15 @@ def _read_file(path: Path) -> GgufHeader:
     return GgufHeader(version=version, metadata=metadata, tensors=tensors, file_bytes=status.st_size)
 
 
+def split_paths(path: Path) -> list[Path]:
+    """The files of the model whose first file is `path`, by its name alone."""
+    name = _SPLIT_NAME.fullmatch(path.name)
+    if name is None or int(name["count"]) > MAX_SPLITS:
+        return [path]
+    count = int(name["count"])
+    return [path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+
+
 def _other_splits(path: Path, header: GgufHeader) -> list[Path]:
     """The files after the first of a split model; empty for a model in one file."""
     count = header.metadata.get("split.count", 0)
@@ -225,7 +234,7 @@ def _other_splits(path: Path, header: GgufHeader) -> list[Path]:
         raise GgufError(f"{path}: one of {count} files, but not named like ...-00001-of-{count:05d}.gguf")
     if int(name["number"]) != 1:
         raise GgufError(f"{path}: file {int(name['number'])} of {count}; the first is the one to name")
-    return [path.with_name(f"{name['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(2, count + 1)]
+    return split_paths(path)[1:]
 
 
 def read_header(path: Path) -> GgufHeader:

@@ -31,6 +31,7 @@ DRAFT_GPU_LAYERS: Final = frozenset({"-ngld", "--gpu-layers-draft", "--n-gpu-lay
 DRAFT_DEVICE: Final = frozenset({"-devd", "--device-draft", "--spec-draft-device"})
 DRAFT_TYPE_K: Final = frozenset({"-ctkd", "--cache-type-k-draft", "--spec-draft-type-k"})
 DRAFT_TYPE_V: Final = frozenset({"-ctvd", "--cache-type-v-draft", "--spec-draft-type-v"})
+EMBEDDING: Final = frozenset({"--embedding", "--embeddings", "--rerank", "--reranking"})
 PROJECTOR: Final = frozenset({"-mm", "--mmproj"})
 DRAFT: Final = frozenset({"-md", "--model-draft", "--spec-draft-model"})
 
@@ -51,6 +52,8 @@ class MemorySettings:
     type_v: int = _F16
     micro_batch: int = _MICRO_BATCH
     """Tokens computed at once."""
+    outputs: int = 1
+    """Tokens of a batch that logits are computed for: one per slot, or all of them for embeddings."""
     full_windows: bool = False
     """Sliding-window layers get a cache of full size."""
     cache_on_device: bool = True
@@ -91,6 +94,8 @@ def settings_of(model: ModelConfig) -> MemorySettings:
     flags = model.flags
     batch = max(1, _int(flags, BATCH) or _BATCH)
     all_experts = _switch(flags, frozenset({"-cmoe", "--cpu-moe"}), frozenset(), default=False)
+    micro_batch = min(batch, max(1, _int(flags, MICRO_BATCH) or _MICRO_BATCH))
+    embeds = _switch(flags, EMBEDDING, frozenset(), default=False)
     return MemorySettings(
         context=max(0, _int(flags, CONTEXT) or 0) or None,
         slots=model.slots,
@@ -100,7 +105,8 @@ def settings_of(model: ModelConfig) -> MemorySettings:
         gpu_layers=_layers(flags, GPU_LAYERS, DEVICE),
         type_k=_cache_type(flags, TYPE_K),
         type_v=_cache_type(flags, TYPE_V),
-        micro_batch=min(batch, max(1, _int(flags, MICRO_BATCH) or _MICRO_BATCH)),
+        micro_batch=micro_batch,
+        outputs=micro_batch if embeds else model.slots,
         full_windows=_switch(flags, frozenset({"--swa-full"}), frozenset(), default=False),
         cache_on_device=_switch(
             flags, frozenset({"-kvo", "--kv-offload"}), frozenset({"-nkvo", "--no-kv-offload"}), default=True

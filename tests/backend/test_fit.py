@@ -1,0 +1,25 @@
+import pytest
+
+from trio_router.backend.fit import fit_environment
+
+OFF = {"LLAMA_ARG_FIT": "off"}
+TALK = {"LLAMA_ARG_LOG_VERBOSITY": "4"}
+
+
+@pytest.mark.parametrize("flags", ["-c 512 -ngl 99", "--ctx_size 0 --n-gpu-layers all", "-ngl 0 -c 1 --jinja"])
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_is_said_is_not_shrunk(flags: str, *, gpu: bool) -> None:
+    assert fit_environment(flags.split(), gpu=gpu) == OFF
+
+
+@pytest.mark.parametrize("flags", ["", "-c 512", "-ngl 99", "-c 512 -ngl auto", "-c 512 -ngl -1", "-ngl -c 512"])
+def test_else_it_is_asked_what_it_chose(flags: str) -> None:
+    assert fit_environment(flags.split(), gpu=True) == TALK
+    assert fit_environment(flags.split(), gpu=False) == {}
+
+
+@pytest.mark.parametrize(
+    "flags", ["-c 512 -ngl 99 --fit on", "-c 512 -ngl 9 -fit off", "-c 512 -lv 2", "--log-disable"]
+)
+def test_flags_of_the_models_own_stand_above(flags: str) -> None:
+    assert fit_environment(flags.split(), gpu=True) == {}

@@ -1,0 +1,110 @@
+"""What a model needs, from whatever is known of it.
+
+In order of trust:
+
+1. measured: what the devices showed at its last load with these flags, these files and this llama-server;
+2. declared: `models.<alias>.vram_mb`;
+3. what llama-server itself said it would take (`memory.projection`), and the driver's own besides;
+4. the formula over the header of its file;
+5. the size of its file.
+
+A number that stands for the whole (1, 2) keeps the parts of the next best one, as far as they go, so that people see what it
+is made of. `system.vram_multiplier` is a margin on 3 to 5 only: it is a part by itself, and no part of what is projected.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+
+from trio_router.config.schema import ModelConfig
+from trio_router.memory.footprint import MIB, Footprint, Part, Place, Trust, margin
+from trio_router.memory.learned import DriverFacts, Load, ModelFacts
+from trio_router.memory.projection import Projection, Share
+
+LLAMA_SERVER: Final = "llama-server"
+_OURS: Final = frozenset({"weights", "cache", "compute", "driver"})
+"""Parts of the formula for which llama-server's own words stand."""
+
+
+def best(
+    model: ModelConfig, formula: Footprint, facts: ModelFacts, driver: DriverFacts | None, *, multiplier: float
+) -> Footprint:
+    """What `model` needs; `formula` is the estimate from its file, without a margin."""
+    parts, trust = list(formula.parts), formula.trust
+    if facts.projection is not None:
+        parts, trust = _projected(formula, facts.projection), Trust.PROJECTED
+    if driver is not None and driver.bytes is not None:
+        known = Part(name="driver", bytes=driver.bytes, source=driver.source, place=Place.DEVICE)
+        parts = [known if part.name == "driver" else part for part in parts]
+    if facts.load is not None and (total := _single(facts.load, parts, driver)) is not None:
+        return attrs.evolve(formula, parts=tuple(_whole(parts, total, "measured")), trust=Trust.MEASURED)
+    if model.vram_mb is not None and any(part.place is Place.DEVICE for part in parts):
+        parts = _whole(parts, model.vram_mb * MIB, "router.toml")
+        return attrs.evolve(formula, parts=tuple(parts), trust=Trust.DECLARED)
+    return attrs.evolve(formula, parts=(*parts, *margin(parts, multiplier)), trust=trust)
+
+
+def _projected(formula: Footprint, projection: Projection) -> list[Part]:
+    """llama-server's parts, and those of the formula that it says nothing of: projector, draft model, driver."""
+    if projection.draft:
+        beside = [part for part in formula.parts if part.name not in _OURS and not part.name.startswith("draft")]
+    else:
+        beside = [part for part in formula.parts if part.name not in _OURS]
+    parts = _parts(projection.devices, Place.DEVICE)
+    parts += _parts(() if projection.host is None else (projection.host,), Place.HOST)
+    parts += _parts([share for share in projection.draft if share.name != "Host"], Place.DEVICE, "draft ")
+    parts += _parts([share for share in projection.draft if share.name == "Host"], Place.HOST, "draft ")
+    if projection.devices:
+        parts += [part for part in formula.parts if part.name == "driver"]
+    return [*parts, *beside]
+
+
+def _parts(shares: Sequence[Share], place: Place, before: str = "") -> list[Part]:
+    """Of several devices: weights and cache are dealt out, compute buffers each has for itself."""
+    sizes = {
+        "weights": sum(share.model for share in shares),
+        "cache": sum(share.context for share in shares),
+        "compute": max((share.compute for share in shares), default=0),
+    }
+    return [
+        Part(name=f"{before}{name}", bytes=size, source=LLAMA_SERVER, place=place)
+        for name, size in sizes.items()
+        if size
+    ]
+
+
+def _single(load: Load, parts: Sequence[Part], driver: DriverFacts | None) -> int | None:
+    """What the load would have taken of one device, first there; None if it took none, or there is none now."""
+    if not load.held or not any(part.place is Place.DEVICE for part in parts):
+        return None
+    each = sum(part.bytes for part in parts if part.place is Place.DEVICE and part.name in {"driver", "compute"})
+    total = max(0, sum(held.bytes for held in load.held) - (len(load.held) - 1) * each)
+    return total if load.alone else total + shared(driver)
+
+
+def shared(driver: DriverFacts | None) -> int:
+    """What only the first process on a device pays."""
+    if driver is None or driver.alone is None or driver.beside is None:
+        return 0
+    return max(0, driver.alone - driver.beside)
+
+
+def _whole(parts: Sequence[Part], total: int, source: str) -> list[Part]:
+    """`parts` with `total` on the device: what they leave of it is the driver's and others'; or it is one part."""
+    host = [part for part in parts if part.place is Place.HOST]
+    device = [part for part in parts if part.place is Place.DEVICE]
+    driver = next((part for part in device if part.name == "driver"), None)
+    rest = [part for part in device if part is not driver]
+    left = total - sum(part.bytes for part in rest)
+    if left < 0:
+        return [Part(name="all", bytes=total, source=source, place=Place.DEVICE), *host]
+    if driver is not None and driver.bytes <= left:
+        rest.append(driver)
+        left -= driver.bytes
+        name = "other"
+    else:
+        name = "driver"
+    if left:
+        rest.append(Part(name=name, bytes=left, source=source, place=Place.DEVICE))
+    return [*rest, *host]
