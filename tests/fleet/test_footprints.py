@@ -135,7 +135,7 @@ async def test_from_the_file_to_the_first_load(tmp_path: Path, autojump_clock: M
         assert run.fleet["a"].footprint.device_bytes == 2 * 335 * MIB
         await run.loaded("a")
         assert await run.until("a", Trust.MEASURED) == 340
-        assert run.fleet["a"].footprint.device_bytes == 340 * MIB
+        assert run.fleet["a"].footprint.device_bytes == (340 + 8) * MIB  # it took no more in use
         assert servers.asked == ["a"]
     async with learning(servers, tmp_path, a=None) as run:
         assert await run.until("a", Trust.MEASURED) == 340
@@ -149,6 +149,30 @@ async def test_one_load_teaches_the_drivers_part_for_all(tmp_path: Path, autojum
         await run.loaded("a")
         await run.until("a", Trust.MEASURED)
         assert await run.until("b", Trust.PROJECTED) == 1551 + 55
+
+
+async def test_what_it_takes_in_use_is_reserved_the_next_time(tmp_path: Path, autojump_clock: MockClock) -> None:
+    servers = Servers(says={"a": 285, "b": 1}, takes={"a": 340, "b": 10})
+    async with learning(servers, tmp_path, a=None, b=None) as run:
+        await run.fleet.registry.load("a")
+        await run.until("a", Trust.MEASURED)
+        assert run.fleet["a"].footprint.device_bytes == (340 + 32) * MIB
+        servers.takes["a"] += 21
+        servers.gpu.used += 21 * MIB
+        await trio.sleep(5)
+        await run.fleet.registry.eject("a")
+        await trio.sleep(1)
+        found = run.fleet["a"].footprint
+        assert (found.projected_device_bytes, found.device_bytes) == (340 * MIB, 361 * MIB)
+        servers.takes["a"] = 340
+        await run.fleet.registry.load("a")
+        await run.fleet.registry.load("b")  # now nobody can say whose the rest is
+        servers.takes["a"] += 50
+        servers.gpu.used += 50 * MIB
+        await trio.sleep(5)
+        await run.fleet.registry.eject("a")
+        await trio.sleep(1)
+        assert run.fleet["a"].footprint.device_bytes <= 361 * MIB
 
 
 async def test_what_is_declared_stands_until_it_was_measured(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -207,6 +231,8 @@ async def test_another_entry_of_the_file_is_another_model(tmp_path: Path, autoju
         registry = run.fleet.registry
         other = attrs.evolve(registry.config.models["a"], flags=("-c", "4096"))
         registry.apply(compare(registry.config, attrs.evolve(registry.config, models={"a": other})))
-        servers.says["a"] = 700
-        assert await run.until("a", Trust.PROJECTED) == 755
-        assert run.fleet["a"].config is other
+        with trio.fail_after(60):
+            while run.fleet["a"].config is not other or run.fleet["a"].footprint is None:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        assert await run.until("a", Trust.MEASURED) == 340
+        assert len(run.footprints.learned.facts.models) == 2

@@ -50,6 +50,16 @@ def test_the_first_process_on_a_device_pays_more() -> None:
     assert known.driver("s", {"GPU-1": "H100"}).bytes == 55 * MIB
 
 
+def test_the_most_that_it_took_in_use_is_kept() -> None:
+    known = Learned()
+    known.used("m", load(350))
+    assert known.model("m") == ModelFacts()
+    known.loaded("m", "s", load(340))
+    for mib in (346, 361, 339):
+        known.used("m", load(mib))
+    assert known.model("m").grown == 21 * MIB
+
+
 def test_what_a_dry_run_showed_is_better_than_nothing() -> None:
     known = Learned()
     known.idle("s", Held(uuid="GPU-1", device="H100", bytes=49 * MIB))

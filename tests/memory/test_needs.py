@@ -128,28 +128,39 @@ def test_what_was_measured_is_believed_first() -> None:
     facts = attrs.evolve(held(375), projection=SAID)
     found = needs(facts, DRIVER, model=DECLARED)
     assert found.trust is Trust.MEASURED
-    assert found.device_bytes == found.projected_device_bytes == 375 * MIB
+    assert found.projected_device_bytes == 375 * MIB
+    assert rows(found)[-1] == ("margin", 32, "vram_multiplier", "device")
     assert ("other", 6, "measured", "device") in rows(found)
     assert ("driver", 54, "learned", "device") in rows(found)
 
 
 def test_less_than_its_parts_is_one_number_or_the_drivers() -> None:
-    assert rows(needs(held(250), DRIVER))[-2:] == [
+    assert rows(needs(held(250), DRIVER))[-3:-1] == [
         ("driver", 10, "measured", "device"),
         ("weights", 28, "header", "host"),
     ]
-    assert rows(needs(held(200), DRIVER)) == [("all", 200, "measured", "device"), ("weights", 28, "header", "host")]
+    assert rows(needs(held(200), DRIVER))[:-1] == [
+        ("all", 200, "measured", "device"),
+        ("weights", 28, "header", "host"),
+    ]
+
+
+def test_what_it_took_more_in_use_is_reserved_and_not_projected() -> None:
+    found = needs(attrs.evolve(held(375), grown=21 * MIB))
+    assert (found.projected_device_bytes, found.device_bytes) == (375 * MIB, 396 * MIB)
+    assert rows(found)[-1] == ("margin", 21, "measured", "device")
+    assert needs(held(100), multiplier=1.1).device_bytes == 110 * MIB
 
 
 def test_the_first_on_a_device_takes_more_than_the_second_took() -> None:
     assert shared(DRIVER) == 8 * MIB
     assert shared(attrs.evolve(DRIVER, alone=None)) == shared(None) == 0
-    assert needs(held(300, alone=False), DRIVER).device_bytes == 308 * MIB
-    assert needs(held(300, alone=False)).device_bytes == 300 * MIB
+    assert needs(held(300, alone=False), DRIVER).projected_device_bytes == 308 * MIB
+    assert needs(held(300, alone=False)).projected_device_bytes == 300 * MIB
 
 
 def test_a_model_that_was_split_needs_one_driver_less_on_one_device() -> None:
-    assert needs(held(200, 180)).device_bytes == (380 - 56 - 20) * MIB
+    assert needs(held(200, 180)).projected_device_bytes == (380 - 56 - 20) * MIB
 
 
 def test_on_the_host_only_nothing_is_declared_or_measured() -> None:

@@ -108,6 +108,15 @@ class Scales:
             return None
         return load_between(before.snapshot.devices, snapshot.devices, pid)
 
+    def lately(self, before: Before, pid: int, since: float) -> Load | None:
+        """What the process took by the last look, if that was after Unix time `since` and nothing else moved at all."""
+        if self.devices is None or self.under_way or self.moves != before.moves or self._probe is not None:
+            return None
+        snapshot = self.devices.snapshot
+        if snapshot.stale or snapshot.taken_at <= since:
+            return None
+        return load_between(before.snapshot.devices, snapshot.devices, pid)
+
     def _disturbed(self, moves: int) -> bool:
         return self.under_way != 1 or self.moves != moves
 

@@ -1,5 +1,6 @@
 """One model's loads on the scales: what its supervisor tells at each stage of an incarnation."""
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,7 +14,20 @@ from trio_router.memory.projection import Projection, StartLog
 
 log = structlog.get_logger("trio_router.backend")
 
-Told = Callable[[Load | None, Projection | None], None]
+
+@attrs.frozen(kw_only=True)
+class Weighed:
+    """What became known of a load, as far as it did."""
+
+    load: Load | None = None
+    """What it took."""
+    end: Load | None = None
+    """The same near its end, after use."""
+    projection: Projection | None = None
+    """What llama-server said that it would take."""
+
+
+Told = Callable[[Weighed], None]
 
 
 class Heard(Protocol):
@@ -32,12 +46,16 @@ class Weighing:
 
     alias: str
     scales: Scales = attrs.field(factory=Scales)
-    told: Told = lambda _load, _projection: None
-    """Told at each load, as far as it is known, what it took and what llama-server said that it would take."""
+    told: Told = lambda _: None
+    """Told at each load, and at its end."""
     said: StartLog = attrs.field(factory=StartLog)
     """At the start at hand, or the last one."""
     _before: Before | None = None
     _moving: Moving | None = None
+    _pid: int | None = None
+    """Of one that was weighed when it was ready."""
+    _ready_at: float = 0.0
+    """Unix time since which it is."""
 
     async def prepare(self) -> None:
         """A llama-server is about to be started: `spawned` follows, or `stopped`."""
@@ -48,6 +66,7 @@ class Weighing:
     def spawned(self, process: Heard) -> None:
         """It begins to take memory."""
         self.said = StartLog()
+        self._pid = None
         process.hear = self.said.hear
 
     def ready(self, life: trio.Nursery, process: Heard) -> None:
@@ -62,6 +81,10 @@ class Weighing:
 
     def stopping(self) -> None:
         """It is about to give it back."""
+        if self._before is not None and self._pid is not None and self._moving is None:
+            end = self.scales.lately(self._before, self._pid, self._ready_at)
+            if end is not None:
+                self.told(Weighed(end=end))
         giving = self.scales.moving()
         self._end()
         self._moving = giving
@@ -75,7 +98,11 @@ class Weighing:
             load = await self.scales.after(before, pid)
         finally:
             taking.end()
-        self.told(load, self.said.projection)
+            if self._moving is taking:
+                self._moving = None
+        if load is not None:
+            self._pid, self._ready_at = pid, time.time()
+        self.told(Weighed(load=load, projection=self.said.projection))
 
     def _end(self) -> None:
         if self._moving is not None:

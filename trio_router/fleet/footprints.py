@@ -21,6 +21,7 @@ import trio
 from trio_router.backend.dry_run import can_say, project
 from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.backend.scales import Scales, load_between
+from trio_router.backend.weighing import Weighed
 from trio_router.config.schema import ModelConfig
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
@@ -28,9 +29,8 @@ from trio_router.memory.devices import DeviceMonitor, DeviceStatus, Snapshot
 from trio_router.memory.fingerprint import fingerprint, server_print
 from trio_router.memory.footprint import MIB, Footprint, driver_allowance, estimate
 from trio_router.memory.gguf import GgufError
-from trio_router.memory.learned import DriverFacts, Learned, Load
+from trio_router.memory.learned import DriverFacts, Learned
 from trio_router.memory.needs import best, shared
-from trio_router.memory.projection import Projection
 from trio_router.telemetry.events import Event, ModelChanged, Unloaded
 
 PATIENCE_SECONDS: Final = 1.0
@@ -55,15 +55,6 @@ class _Known:
     formula: Footprint
 
 
-@attrs.frozen(kw_only=True)
-class _Told:
-    """What a load showed."""
-
-    alias: str
-    load: Load | None
-    projection: Projection | None
-
-
 @attrs.define(eq=False, kw_only=True)
 class Footprints:
     """Fills in `Model.footprint`, and keeps it true."""
@@ -79,12 +70,12 @@ class Footprints:
     _asked: set[str] = attrs.field(factory=set)
     _work: trio.Event = attrs.field(factory=trio.Event)
     _limiter: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(1))
-    _news: trio.MemorySendChannel[_Told] = attrs.field(init=False)
-    _inbox: trio.MemoryReceiveChannel[_Told] = attrs.field(init=False)
+    _news: trio.MemorySendChannel[tuple[ModelConfig, Weighed]] = attrs.field(init=False)
+    _inbox: trio.MemoryReceiveChannel[tuple[ModelConfig, Weighed]] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.scales = Scales(self.devices)
-        self._news, self._inbox = trio.open_memory_channel[_Told](math.inf)
+        self._news, self._inbox = trio.open_memory_channel[tuple[ModelConfig, Weighed]](math.inf)
 
     async def fill(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Estimate each model's footprint, in the order of router.toml; started after `PATIENCE_SECONDS` or so.
@@ -184,6 +175,8 @@ class Footprints:
             before = await self.devices.look()
             if before is None or not _room_to_ask(before):
                 return
+            if self.scales.under_way:  # begun while we looked
+                continue
             async with self.scales.probing():
                 await self._ask_now(model, known.print, before)
             if known.print in self._asked:
@@ -208,16 +201,16 @@ class Footprints:
 
     # --- from loads ---------------------------------------------------------------------------------
 
-    def _hear(self, alias: str, load: Load | None, projection: Projection | None) -> None:
-        """A load is over."""
+    def _hear(self, alias: str, told: Weighed) -> None:
+        """A load is over, or the end of what was loaded near."""
         self._work.set()
-        if load is not None or projection is not None:
-            self._news.send_nowait(_Told(alias=alias, load=load, projection=projection))
+        if told != Weighed() and alias in self.registry.models:
+            self._news.send_nowait((self.registry.models[alias].config, told))
 
     async def _take_down(self) -> None:
-        async for told in self._inbox:
-            model = self.registry.models.get(told.alias)
-            if model is None:
+        async for config, told in self._inbox:
+            model = self.registry.models.get(config.alias)
+            if model is None or model.config is not config:
                 continue
             known = self._known.get(model.alias)
             if known is None or await self._print(model.config) != known.print:  # another file by now
@@ -227,10 +220,12 @@ class Footprints:
                 self._learn(model, known.print, told)
                 await self._know()
 
-    def _learn(self, model: Model, name: str, told: _Told) -> None:
+    def _learn(self, model: Model, name: str, told: Weighed) -> None:
         if told.projection is not None:
             self.learned.projected(name, self._server, told.projection)
             self._apply(model)
+        if told.end is not None:
+            self.learned.used(name, told.end)
         if told.load is None or model.footprint is None:
             return
         took = sum(held.bytes for held in told.load.held)

@@ -58,6 +58,8 @@ class ModelFacts:
 
     projection: Projection | None = None
     load: Load | None = None
+    grown: int | None = None
+    """Bytes that it took more in use than at its load: buffers that its driver makes when they are needed."""
     at: float = 0.0
     """Unix time of the last change."""
 
@@ -189,6 +191,15 @@ class Learned:
         """The devices showed what it took."""
         self._put(print_, attrs.evolve(self.model(print_), load=load))
         self._learn_driver(print_, server)
+
+    def used(self, print_: str, end: Load) -> None:
+        """The devices showed what it took at its end, or near it."""
+        facts = self.model(print_)
+        if facts.load is None:
+            return
+        grown = sum(held.bytes for held in end.held) - sum(held.bytes for held in facts.load.held)
+        if grown > (facts.grown if facts.grown is not None else -1):
+            self._put(print_, attrs.evolve(facts, grown=grown))
 
     def idle(self, server: str, held: Held) -> None:
         """A llama-server took so much of a device before it allocated anything."""

@@ -9,7 +9,8 @@ In order of trust:
 5. the size of its file.
 
 A number that stands for the whole (1, 2) keeps the parts of the next best one, as far as they go, so that people see what it
-is made of. `system.vram_multiplier` is a margin on 3 to 5 only: it is a part by itself, and no part of what is projected.
+is made of. `system.vram_multiplier` is a margin on 3 to 5: it is a part by itself, and no part of what is projected. The
+margin on 1 is what the model took in use besides, when that was seen.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,10 @@ from trio_router.memory.learned import DriverFacts, Load, ModelFacts
 from trio_router.memory.projection import Projection, Share
 
 LLAMA_SERVER: Final = "llama-server"
+MOST_GROWTH_BYTES: Final = 32 * MIB
+"""What a model that was never seen in use may take more than at its load. Seen with Vulkan: 6 to 21 MiB."""
+LEAST_GROWTH_BYTES: Final = 8 * MIB
+"""The same of one that was seen, and may have done little."""
 _OURS: Final = frozenset({"weights", "cache", "compute", "driver"})
 """Parts of the formula for which llama-server's own words stand."""
 
@@ -38,7 +43,8 @@ def best(
         known = Part(name="driver", bytes=driver.bytes, source=driver.source, place=Place.DEVICE)
         parts = [known if part.name == "driver" else part for part in parts]
     if facts.load is not None and (total := _single(facts.load, parts, driver)) is not None:
-        return attrs.evolve(formula, parts=tuple(_whole(parts, total, "measured")), trust=Trust.MEASURED)
+        whole = _whole(parts, total, "measured")
+        return attrs.evolve(formula, parts=(*whole, _growth(whole, facts.grown, multiplier)), trust=Trust.MEASURED)
     if model.vram_mb is not None and any(part.place is Place.DEVICE for part in parts):
         parts = _whole(parts, model.vram_mb * MIB, "router.toml")
         return attrs.evolve(formula, parts=tuple(parts), trust=Trust.DECLARED)
@@ -72,6 +78,14 @@ def _parts(shares: Sequence[Share], place: Place, before: str = "") -> list[Part
         for name, size in sizes.items()
         if size
     ]
+
+
+def _growth(parts: Sequence[Part], grown: int | None, multiplier: float) -> Part:
+    """What is reserved besides for what it takes in use: as seen, else a little."""
+    if grown is not None:
+        return Part(name="margin", bytes=max(grown, LEAST_GROWTH_BYTES), source="measured", place=Place.DEVICE)
+    (first, *_) = [part.bytes for part in margin(parts, multiplier) if part.place is Place.DEVICE] or [0]
+    return Part(name="margin", bytes=min(first, MOST_GROWTH_BYTES), source="vram_multiplier", place=Place.DEVICE)
 
 
 def _single(load: Load, parts: Sequence[Part], driver: DriverFacts | None) -> int | None:
