@@ -2,6 +2,7 @@
 
 import pytest
 import trio
+import trio.testing
 
 from tests.web.site import BODY, CHAT, open_site, request
 from tests.web.test_app import Server
@@ -32,6 +33,7 @@ async def test_what_is_refused_later_is_refused_as_at_the_beginning(sockets, dat
         refused = await client.hear()
         assert refused.code == (400, "bad_request")
         assert refused.headers["connection"] == "close"
+        assert refused.headers["request-id"] == refused.headers["x-request-id"]
         with trio.fail_after(5):
             assert await client.ended() == b""
 
@@ -82,3 +84,17 @@ async def test_options_has_no_body_and_no_length(sockets):
             assert "content-length" not in reply.headers
             assert "content-type" not in reply.headers
             assert reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("empty", [b"\r\n", b"\r\n\r\n"])
+async def test_empty_lines_before_a_request_are_nothing(sockets, empty):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        for _ in range(2):  # the second head is one that is known
+            await client.say(empty + request("POST", CHAT, [], BODY))
+            assert (await client.hear("POST")).status == 200
+            await client.say(empty)  # as after a body
+            await trio.testing.wait_all_tasks_blocked()
+        for byte in empty + LIVE:
+            await client.say(bytes([byte]))
+            await trio.testing.wait_all_tasks_blocked()
+        assert (await client.hear()).status == 200

@@ -53,6 +53,8 @@ MAX_DIGITS: Final = 15
 LAST_CHUNK: Final = b"0\r\n\r\n"
 BLANK: Final = ord(" ")
 """No method begins with this or a lesser byte; a TLS handshake does."""
+EMPTY_LINE: Final = b"\r\n"
+"""Before a request it is nothing: there are clients that end a body with one (RFC 9112 section 2.2)."""
 REASONS: Final = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found"}
 
 
@@ -108,6 +110,9 @@ class DataPlane:
                 else:
                     head = read_head(raw)
                     if head is None:
+                        if raw.startswith(EMPTY_LINE):
+                            client.received = raw[len(EMPTY_LINE) :] + client.received
+                            continue
                         try:
                             check_head(raw)
                         except HeadRefused as error:
@@ -167,11 +172,14 @@ class DataPlane:
                 client.asking = False
                 client.received = received[end + len(END) :]
                 return received[: end + len(END)]
+            if received.startswith(EMPTY_LINE):
+                client.received = received[len(EMPTY_LINE) :]
+                continue
             searched = len(received)
             # nothing to gain from waiting for the rest: it cannot become a head, or not one of HTTP/1
             if searched and (
                 searched >= MAX_HEAD_BYTES
-                or received[0] <= BLANK
+                or (received[0] <= BLANK and received != EMPTY_LINE[:1])
                 or received.startswith(HTTP2)
                 or BARE_LINE_FEED.search(received)
             ):

@@ -10,6 +10,7 @@ from typing import Final
 
 from hypercorn.typing import ASGISendCallable
 
+from trio_router.backend.connection import Headers
 from trio_router.errors import HeadRefused
 from trio_router.web.admission import request_id
 from trio_router.web.head import NO_WEBSOCKETS
@@ -23,29 +24,27 @@ def worded(data: bytes | bytearray | memoryview) -> bytes | None:
     match = _BARE.match(data)
     if match is None:
         return None
-    body, identity = _refusal("the request is not HTTP", int(match[1]))
-    return b"HTTP/1.1 %b \r\ncontent-type: application/json\r\n%bcontent-length: %d\r\nconnection: close\r\n%b%b" % (
-        match[1],
-        b"x-request-id: %b\r\n" % identity,
-        len(body),
-        bytes(data[match.end() :]),
-        body,
-    )
+    headers, body = _refusal("the request is not HTTP", int(match[1]))
+    lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+    return b"HTTP/1.1 %b \r\n%b%b%b" % (match[1], lines, bytes(data[match.end() :]), body)
 
 
 async def refuse_websocket(send: ASGISendCallable) -> None:
     """Answer a WebSocket's opening handshake."""
-    body, identity = _refusal(NO_WEBSOCKETS, 400)
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"x-request-id", identity),
-        (b"content-length", b"%d" % len(body)),
-        (b"connection", b"close"),
-    ]
+    headers, body = _refusal(NO_WEBSOCKETS, 400)
     await send({"type": "websocket.http.response.start", "status": 400, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body, "more_body": False})
 
 
-def _refusal(message: str, status: int) -> tuple[bytes, bytes]:
-    error = HeadRefused(message, status=status)
-    return json.dumps(error.body()).encode(), request_id(None).encode("ascii")
+def _refusal(message: str, status: int) -> tuple[Headers, bytes]:
+    """Head and body."""
+    body = json.dumps(HeadRefused(message, status=status).body()).encode()
+    identity = request_id(None).encode("ascii")
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-request-id", identity),
+        (b"request-id", identity),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+    ]
+    return headers, body
