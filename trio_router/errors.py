@@ -134,6 +134,12 @@ class InvalidDeadline(InvalidRequest):
     code = "invalid_deadline"
 
 
+class InvalidKeepAlive(InvalidRequest):
+    """Raised when `keep_alive` of a body is no time."""
+
+    code = "invalid_keep_alive"
+
+
 class InvalidApiKey(RouterError):
     """Raised when keys are configured and the request brings none of them."""
 
@@ -220,6 +226,14 @@ class UnknownModel(RouterError):
     code = "model_not_found"
 
 
+class UnknownRequest(RouterError):
+    """Raised when no request that is under way has the id."""
+
+    status = 404
+    type = "not_found_error"
+    code = "request_not_found"
+
+
 class MethodNotAllowed(RouterError):
     """Raised when the path exists, but not for this method. `allowed` goes into the `Allow` header."""
 
@@ -292,6 +306,13 @@ class ShuttingDown(ServiceUnavailable):
     """Raised when the router drains."""
 
     code = "shutting_down"
+
+
+class RequestCancelled(ServiceUnavailable):
+    """Raised when an operator ended the request."""
+
+    code = "request_cancelled"
+    permanent = True
 
 
 class InsufficientMemory(RouterError):

@@ -57,6 +57,7 @@ from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
 from trio_router.web.in_flight import InFlight
+from trio_router.web.inference import Exchange
 from trio_router.web.keepalive import KeepAlive
 from trio_router.web.listener import Connections, bound_port, open_sockets, serve_connections
 from trio_router.web.reload import Reloader
@@ -126,6 +127,7 @@ async def serve(
         read=read, registry=registry, admission=admission, stop=partial(os.kill, os.getpid(), signal.SIGTERM)
     )
     keeper = KeepAlive()
+    under_way: set[Exchange] = set()
     app = create_app(
         registry,
         devices,
@@ -136,6 +138,7 @@ async def serve(
         streams=streams,
         metrics=metrics,
         summary=summary,
+        under_way=under_way,
     )
     try:
         sockets = await open_sockets(config.api.host, config.api.port)
@@ -159,6 +162,7 @@ async def serve(
                 admission=admission,
                 max_body_bytes=config.api.max_body_bytes,
                 keeper=keeper,
+                under_way=under_way,
             )
 
             def reloaded(changes: Changes) -> None:

@@ -7,6 +7,7 @@ import attrs
 import pytest
 
 from trio_router.config import ApiConfig, ModelConfig, SystemConfig, load_config
+from trio_router.config.policies import ModelPolicy
 from trio_router.config.schema import DERIVED
 
 FILE = Path(__file__).parents[2] / "router.toml"
@@ -45,7 +46,7 @@ def test_commented_keys_show_their_defaults_or_say_so(uncommented):
             assert same is (field.name not in EXAMPLES), field.name
 
 
-@pytest.mark.parametrize("schema", [ApiConfig, SystemConfig, ModelConfig])
+@pytest.mark.parametrize("schema", [ApiConfig, SystemConfig, ModelConfig, ModelPolicy])
 def test_every_key_is_shown_once(schema, uncommented):
     text = uncommented.read_text()
     for field in attrs.fields(schema):
@@ -54,6 +55,14 @@ def test_every_key_is_shown_once(schema, uncommented):
             assert found == 0, field.name
         else:
             assert found == (2 if field.name in {"model_path", "flags"} else 1), field.name
+
+
+def test_the_policy_that_is_shown(uncommented):
+    config = load_config(uncommented, {})
+    policy = config.models["smollm2"].policy
+    nothing = ModelPolicy()
+    assert all(getattr(policy, field.name) != getattr(nothing, field.name) for field in attrs.fields(ModelPolicy))
+    assert load_config(FILE, {}).models["smollm2"].policy == nothing
 
 
 def test_every_key_is_explained():

@@ -43,10 +43,11 @@ async def test_a_model_that_is_off(servers: FakeServers, autojump_clock: MockClo
             "slots": 2,
             "active": 0,
             "queued": 0,
+            "queued_by_priority": {"high": 0, "normal": 0, "low": 0},
             "n_ctx": None,
             "load_duration_sec": None,
         }
-        entry = listed(fleet["a"])
+        entry = listed(fleet.registry, "a")
         assert abs(entry.pop("created") - datetime.now(UTC).timestamp()) < 60
         assert entry == {
             "id": "a",
@@ -71,8 +72,8 @@ async def test_a_model_that_works(servers: FakeServers, autojump_clock: MockCloc
         assert (found["slots"], found["active"], found["queued"]) == (2, 2, 1)
         assert (found["incarnation"], found["n_ctx"], found["load_duration_sec"]) == (1, 8192, 1)
         assert None not in (found["started_at"], found["last_used_at"])
-        assert listed(fleet["a"])["status"] == {"value": "loaded", "args": ["llama-server"]}
-        assert listed(fleet["a"])["n_ctx"] == 8192
+        assert listed(fleet.registry, "a")["status"] == {"value": "loaded", "args": ["llama-server"]}
+        assert listed(fleet.registry, "a")["n_ctx"] == 8192
 
 
 async def test_a_model_that_left(servers: FakeServers, autojump_clock: MockClock) -> None:
@@ -98,7 +99,7 @@ async def test_a_model_that_is_not_ready(
         fleet.soon("a")
         await trio.sleep(0.125)
         found = status(fleet["a"])
-        assert (found["status"], listed(fleet["a"])["status"]["value"]) == (state, word)
+        assert (found["status"], listed(fleet.registry, "a")["status"]["value"]) == (state, word)
         assert found["error_message"] == (None if state == "loading" else "there is no such file")
         assert (found["started_at"] is None) == (state == "failed")
         assert found["queued"] == (0 if state == "failed" else 1)

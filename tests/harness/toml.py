@@ -18,6 +18,8 @@ def _value(value: Any) -> str:
             return repr(value)
         case str() | Path():
             return json.dumps(str(value))  # a JSON string without surrogates is a TOML basic string
+        case dict():
+            return "{" + ", ".join(f"{json.dumps(key)} = {_value(inner)}" for key, inner in value.items()) + "}"
         case list() | tuple():
             return "[" + ", ".join(map(_value, value)) + "]"
     raise TypeError(f"not for TOML here: {value!r}")

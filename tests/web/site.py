@@ -23,6 +23,7 @@ from trio_router.backend.client import BackendClient
 from trio_router.backend.health import expire_silent
 from trio_router.backend.lifecycle import Move
 from trio_router.backend.logtail import LogTail
+from trio_router.config.policies import ModelPolicy
 from trio_router.config.schema import ApiConfig, KeyConfig, ModelConfig, RouterConfig, SystemConfig
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
@@ -35,6 +36,7 @@ from trio_router.telemetry.summary import Summary
 from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
+from trio_router.web.inference import Exchange
 from trio_router.web.keepalive import KeepAlive
 from trio_router.web.listener import Connections
 from trio_router.web.reload import Reloader
@@ -201,6 +203,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     admission = Admission(config.api, config.keys)
     reloader = Reloader(read=lambda: config, registry=registry, admission=admission, stop=lambda: None)
     keeper = KeepAlive()
+    under_way: set[Exchange] = set()
     app = create_app(
         registry,
         devices,
@@ -211,6 +214,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
         streams=streams,
         metrics=metrics,
         summary=summary,
+        under_way=under_way,
     )
     plane = DataPlane(
         registry=registry,
@@ -218,6 +222,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
         admission=admission,
         max_body_bytes=config.api.max_body_mb * 1024 * 1024,
         keeper=keeper,
+        under_way=under_way,
     )
     return registry, Connections(app=ASGIWrapper(app), plane=plane)
 
@@ -231,6 +236,7 @@ async def open_site(
     api: dict[str, Any] | None = None,
     keys: tuple[KeyConfig, ...] = (),
     keepalive: bool = True,
+    policy: ModelPolicy | None = None,
     **system: Any,
 ) -> AsyncIterator[Site]:
     """A site with one model, `qwen`; without a script its llama-server never comes."""
@@ -240,7 +246,12 @@ async def open_site(
         system=SystemConfig(base_models_path=folder, gpu_devices=(), **system),
         models={
             "qwen": ModelConfig(
-                alias="qwen", model_path="q.gguf", file=folder / "q.gguf", slots=slots, keepalive=keepalive
+                alias="qwen",
+                model_path="q.gguf",
+                file=folder / "q.gguf",
+                slots=slots,
+                keepalive=keepalive,
+                policy=policy or ModelPolicy(),
             )
         },
         keys=keys,

@@ -10,11 +10,13 @@ import inspect
 import itertools
 import textwrap
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
 import attrs
 
+from trio_router.config.policies import ModelPolicy
 from trio_router.config.ranges import Each, Matching, Within
 from trio_router.config.schema import DERIVED, ApiConfig, KeyConfig, ModelConfig, SystemConfig
 
@@ -40,11 +42,17 @@ def json_schema() -> dict[str, Any]:
             "models": {
                 "type": "object",
                 "description": "The models, by alias.",
-                "additionalProperties": _table(ModelConfig),
+                "additionalProperties": _model(),
             },
             "keys": {"type": "array", "description": "Who may ask.", "items": _table(KeyConfig)},
         },
     }
+
+
+def _model() -> dict[str, Any]:
+    """One table of two classes."""
+    table, policy = _table(ModelConfig), _table(ModelPolicy)
+    return {**table, "properties": {**table["properties"], **policy["properties"]}}
 
 
 def _table(kind: type[attrs.AttrsInstance]) -> dict[str, Any]:
@@ -81,6 +89,9 @@ def _without_none(wanted: Any) -> Any:
 
 
 def _type(wanted: Any) -> dict[str, Any]:
+    if get_origin(wanted) is Mapping:
+        _, inside = get_args(wanted)
+        return {"type": "object"} if inside is Any else {"type": "object", "additionalProperties": _table(inside)}
     if get_origin(wanted) is tuple:
         return {"type": "array", "items": _type(get_args(wanted)[0])}
     if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
@@ -114,6 +125,8 @@ def _plain(default: Any) -> Any:
             return default
         case enum.Enum():
             return default.value
+        case object(factory=_):  # an empty table
+            return None
         case tuple():
             return [_plain(one) for one in default]
         case _:
@@ -122,11 +135,12 @@ def _plain(default: Any) -> Any:
 
 def _descriptions(kind: type) -> dict[str, str]:
     """The strings below the fields, which Python forgets."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
     told = {}
-    for field, below in itertools.pairwise(body):
-        match field, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                told[name] = inspect.cleandoc(text)
+    for each in reversed(kind.__mro__[:-1]):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(each)))
+        body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
+        for field, below in itertools.pairwise(body):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    told[name] = inspect.cleandoc(text)
     return told

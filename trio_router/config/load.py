@@ -51,11 +51,12 @@ def load_config(path: Path, environ: Mapping[str, str]) -> RouterConfig:
     tables = report.models(document)
     parallel = system.get("default_parallel", SystemConfig(base_models_path=base).default_parallel)
     models = {alias: report.model(alias, table, base, parallel) for alias, table in tables.items()}
+    names = report.names(tables)
     if "preload_models" in system:
         system["preload_models"] = report.preload(system["preload_models"], tables)
     if system.get("default_model") is not None:
-        report.named(("system", "default_model"), system["default_model"], tables)
-    keys = report.keys(document.get("keys", []), tables, api.get("key"))
+        report.named(("system", "default_model"), system["default_model"], names)
+    keys = report.keys(document.get("keys", []), names, api.get("key"))
 
     report.problems.sort(key=lambda problem: (problem.line is None, problem.line))
     if everything := (*report.problems, *problems):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import attrs
 
+from trio_router.config.policies import ModelPolicy
 from trio_router.config.ranges import Each, Matching, Within
 
 DERIVED = {"derived": True}
@@ -131,6 +132,8 @@ class ModelConfig:
     """What it takes of a GPU's memory, MiB; None: that is found out. A measured load is believed before this."""
     slots: int = attrs.field(default=1, metadata=DERIVED, validator=Within(minimum=1))
     """Parallel sequences: the flags' `--parallel`, else `system.default_parallel`."""
+    policy: ModelPolicy = attrs.field(factory=ModelPolicy, metadata=DERIVED)
+    """What is done to its requests; keys of the same table."""
 
 
 class PriorityBound(enum.Enum):

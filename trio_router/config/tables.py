@@ -7,9 +7,9 @@ not hide the second.
 
 import difflib
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -18,9 +18,15 @@ from trio_router.config.environment import API_KEY
 from trio_router.config.flags import BadSlots, owned_reason, slots_in
 from trio_router.config.lines import line_of
 from trio_router.config.places import BadModelPath, resolve_model_path
+from trio_router.config.policies import ModelPolicy, Policy, variant_problem
 from trio_router.config.problems import KeyPath, Problem, written_key
 from trio_router.config.schema import DERIVED, KeyConfig, ModelConfig
 from trio_router.config.values import Mismatch, checked, found
+
+Schema = type[attrs.AttrsInstance]
+VARIANTS: Final = "variants"
+"""A key of tables, each of which is checked as one."""
+POLICY_KEYS: Final = tuple(field.name for field in attrs.fields(ModelPolicy))
 
 
 @attrs.frozen(kw_only=True)
@@ -43,23 +49,25 @@ class Report:
                 self.add(
                     (*path, key), f"a key does not belong into a file: set {API_KEY} in the environment or in .env"
                 )
-            elif path[:1] == ("models",) and isinstance(table[key], dict):
+            elif path[:1] == ("models",) and len(path) == 2 and isinstance(table[key], dict):
                 self.add((*path, key), f"unknown key; an alias with dots stands in quotes: {_quoted(path, key, table)}")
             elif close := difflib.get_close_matches(key, known, n=1, cutoff=0.7):
                 self.add((*path, key), f"unknown key; did you mean {close[0]!r}?")
             else:
                 self.add((*path, key), f"unknown key; known here: {', '.join(known)}")
 
-    def fields(self, schema: type[attrs.AttrsInstance], path: KeyPath, table: object) -> dict[str, Any]:
-        """The values of `table` by field of `schema`, as far as they are right."""
+    def fields(self, schema: Schema, path: KeyPath, table: object, *more: Schema) -> dict[str, Any]:
+        """The values of `table` by field of `schema` and `more`, as far as they are right."""
         if not isinstance(table, dict):
             self.add(path, f"expected a table, got {found(table)}")
             return {}
-        known = {field.name: field for field in attrs.fields(schema) if field.metadata != DERIVED}
+        known = {
+            field.name: field for one in (schema, *more) for field in attrs.fields(one) if field.metadata != DERIVED
+        }
         self.unknown_keys(path, table, known)
         values: dict[str, Any] = {}
         for name, value in table.items():
-            if name not in known:
+            if name not in known or name == VARIANTS:
                 continue
             try:
                 values[name] = checked(known[name], value)
@@ -83,7 +91,9 @@ class Report:
         before = len(self.problems)
         if reason := alias_problem(alias):
             self.add(key, reason)
-        values = self.fields(ModelConfig, key, table)
+        values = self.fields(ModelConfig, key, table, ModelPolicy)
+        policy = {name: values.pop(name) for name in POLICY_KEYS if name in values}
+        variants = self._variants((*key, VARIANTS), table.get(VARIANTS, {})) if isinstance(table, dict) else {}
         flags = values.get("flags", ())
         written = table.get("flags") if isinstance(table, dict) else None
         for index, flag in enumerate(written if isinstance(written, list) else ()):
@@ -103,7 +113,37 @@ class Report:
             self.add((*key, "model_path"), "missing; a path, or 'package:NAME/FILE.gguf'")
         if file is None or len(self.problems) > before:
             return None
-        return ModelConfig(alias=alias, file=file, slots=slots or parallel, **values)
+        return ModelConfig(
+            alias=alias,
+            file=file,
+            slots=slots or parallel,
+            policy=ModelPolicy(variants=variants, **policy),
+            **values,
+        )
+
+    def _variants(self, path: KeyPath, tables: object) -> dict[str, Policy]:
+        if not isinstance(tables, dict):
+            self.add(path, f"expected tables [{written_key(path)}.NAME], got {found(tables)}")
+            return {}
+        variants = {}
+        for name, table in tables.items():
+            if reason := variant_problem(name):
+                self.add((*path, name), reason)
+            values = self.fields(Policy, (*path, name), table)
+            variants[name] = Policy(**values)
+        return variants
+
+    def names(self, tables: Mapping[str, Any]) -> list[str]:
+        """What clients may send as `model`, also for models that have problems; no two things have the same name."""
+        whose = {alias: alias for alias in tables}
+        for alias, table in tables.items():
+            for path, said in _other_names(alias, table):
+                if reason := alias_problem(said):
+                    self.add(path, f"{said!r}: {reason}")
+                elif said in whose:
+                    self.add(path, f"{said!r} is a name of model {whose[said]!r} already")
+                whose.setdefault(said, alias)
+        return list(whose)
 
     def named(self, key: KeyPath, alias: str, models: Collection[str]) -> None:
         """A key whose value must be a model's alias."""
@@ -153,10 +193,22 @@ class Report:
         if ("key" in table) == ("key_sha256" in table):
             self.add(path, "expected either `key` or `key_sha256`")
         for number, alias in enumerate(values.get("models", ())):
-            if alias != "*" and alias not in models:
-                close = difflib.get_close_matches(alias, models, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(models) or 'none'}"
-                self.add((*path, "models", number), f"no model {alias!r}; {hint}")
+            if alias != "*":
+                self.named((*path, "models", number), alias, models)
+
+
+def _other_names(alias: str, table: object) -> Iterator[tuple[KeyPath, str]]:
+    """Where they stand, and what they are, as far as that can be seen."""
+    if not isinstance(table, dict):
+        return
+    key: KeyPath = ("models", alias)
+    aliases, variants = table.get("aliases"), table.get(VARIANTS)
+    for index, said in enumerate(aliases if isinstance(aliases, list) else ()):
+        if isinstance(said, str):
+            yield (*key, "aliases", index), said
+    for name in variants if isinstance(variants, dict) else ():
+        if variant_problem(name) is None:
+            yield (*key, VARIANTS, name), f"{alias}:{name}"
 
 
 def key_digest(key: str) -> bytes:

@@ -6,7 +6,7 @@ A configuration file deserves none of that, so every type has a hook that takes 
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
@@ -18,9 +18,9 @@ from trio_router.errors import shown
 
 
 class Mismatch(ValueError):
-    """Raised when a value has a wrong type or is out of range; one `(index or None, message)` each."""
+    """Raised when a value has a wrong type or is out of range; one `(index or key or None, message)` each."""
 
-    def __init__(self, *problems: tuple[int | None, str]) -> None:
+    def __init__(self, *problems: tuple[int | str | None, str]) -> None:
         super().__init__("; ".join(message for _, message in problems))
         self.problems = problems
 
@@ -109,6 +109,16 @@ def _tuple_hook(wanted: Any, converter: cattrs.BaseConverter) -> Callable[[Any, 
     return structure
 
 
+def _is_table(wanted: Any) -> bool:
+    return get_origin(wanted) is Mapping
+
+
+def _table(value: Any, _type: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise _expected("a table", value)
+    return value
+
+
 def _strict_converter() -> cattrs.Converter:
     converter = cattrs.Converter()
     converter.register_structure_hook(str, _exactly(str))
@@ -118,6 +128,7 @@ def _strict_converter() -> cattrs.Converter:
     converter.register_structure_hook(Path, _path)
     converter.register_structure_hook(enum.Enum, _enum)
     converter.register_structure_hook_factory(_is_tuple_of_one_type, _tuple_hook)
+    converter.register_structure_hook_func(_is_table, _table)
     return converter
 
 

@@ -14,6 +14,7 @@ import trio
 from trio_router.backend.backend import Backend
 from trio_router.backend.lifecycle import State
 from trio_router.backend.supervisor import Supervisor
+from trio_router.config.policies import ModelPolicy
 from trio_router.config.schema import ModelConfig
 from trio_router.errors import RouterError
 from trio_router.fleet.estimate import LoadPace
@@ -51,6 +52,8 @@ class Model:
     preload: bool = False
     last_used: float = -math.inf
     """Trio time at which it was last ready or idle again."""
+    keep_seconds: float | None = None
+    """How long it may be idle, if the last request said so."""
     footprint: Footprint | None = None
     """What it is projected to need; None until its file was read, or when it cannot be."""
     footprint_problem: str | None = None
@@ -187,6 +190,7 @@ class Model:
             ready_at=self.ready_at,
             load_seconds=self.load_seconds or 0.0,
             last_used=self.last_used,
+            keep_seconds=self.keep_seconds,
         )
 
     def renew(self) -> None:
@@ -199,6 +203,13 @@ class Model:
         self.supervisor.reset()
         self.kept = self.kept or self.back
         self.back = False
+
+    def take(self, policy: ModelPolicy) -> None:
+        """Go by another policy; its llama-server is not concerned."""
+        if self.config.policy != policy:
+            self.config = self.supervisor.model = attrs.evolve(self.config, policy=policy)
+        if self.pending is not None:
+            self.pending = attrs.evolve(self.pending, policy=policy)
 
     def used(self) -> None:
         """It did something just now."""

@@ -7,7 +7,7 @@ The cases, in order; the numbers stand beside the code that is their case:
 
 1. A load that nobody waits for any more, and that nobody asked for by name, is given up. (A model that was ready
    and is being restarted after a crash is not such a load: healing it needs nobody's wish.)
-2. Any other resident that was idle for the idle timeout leaves.
+2. Any other resident that was idle for the idle timeout, or for as long as its last request said, leaves.
 3. Models that are wanted and not resident are served in the order of their first waiter's key (priority, then
    arrival, with aging as in the queue). Models wanted only by the preload list come after all those, in the
    order of the file.
@@ -64,6 +64,8 @@ class ModelSnapshot:
     load_seconds: float = 0.0
     """What its load took, as far as is known."""
     last_used: float = -math.inf
+    keep_seconds: float | None = None
+    """How long it may be idle; None: as long as any."""
 
     @property
     def resident(self) -> bool:
@@ -148,10 +150,12 @@ def _leave(snapshot: Snapshot) -> tuple[dict[str, Retire], float]:
     """Cases 1 and 2: who leaves whoever else wants room, and when that is to be asked again."""
     leaving: dict[str, Retire] = {}
     again = math.inf
-    timeout = math.inf if snapshot.idle_timeout is None else snapshot.idle_timeout
+    usual = math.inf if snapshot.idle_timeout is None else snapshot.idle_timeout
     for model in snapshot.models:
+        timeout = usual if model.keep_seconds is None else model.keep_seconds
         if not model.idle:
-            if model.state is State.READY:  # busy now: it cannot have been idle for the timeout before this
+            # busy now: it cannot have been idle for the timeout before this; one with a wish is looked at when it rests
+            if model.state is State.READY and model.keep_seconds is None:
                 again = min(again, snapshot.now + timeout)
         elif not model.was_ready:
             leaving[model.alias] = Retire(model.alias, UnloadReason.ABANDONED)  # 1

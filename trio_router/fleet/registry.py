@@ -35,11 +35,11 @@ from trio_router.errors import (
     QueueTimeout,
     ShuttingDown,
     UnknownModel,
-    shown,
 )
 from trio_router.fleet.estimate import LoadPace
 from trio_router.fleet.explain import Plan
 from trio_router.fleet.model import Model
+from trio_router.fleet.names import Names
 from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decide
 from trio_router.fleet.planner import decided, plan_for
 from trio_router.fleet.reload import Changes
@@ -94,6 +94,8 @@ class Registry:
     updated_at: float = attrs.field(factory=time.time)
     decisions: deque[Plan] = attrs.field(factory=lambda: deque(maxlen=KEPT_DECISIONS))
     """The last ones, oldest first."""
+    names: Names = attrs.field(init=False)
+    """Everything that a client may call a model."""
     _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count)
     _mail: trio.MemorySendChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
     _inbox: trio.MemoryReceiveChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
@@ -103,6 +105,7 @@ class Registry:
     def __attrs_post_init__(self) -> None:
         # without a bound: looks are coalesced to one, and each other letter has a client that waits for it
         self._mail, self._inbox = trio.open_memory_channel[_Look | _Eject | _Renew](math.inf)
+        self.names = Names.of(self.config.models.values())
 
     @classmethod
     def of(
@@ -160,14 +163,17 @@ class Registry:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def model(self, alias: str) -> Model:
-        """The model of that name. Raises UnknownModel."""
-        try:
-            return self.models[alias]
-        except KeyError:
-            raise UnknownModel(
-                f"no model is called {shown(alias)}; GET /v1/models lists those there are", param="model"
-            ) from None
+    def model(self, said: str) -> Model:
+        """The model of that name, or that has it for another one. Raises UnknownModel."""
+        found = self.models.get(said)
+        return self.models[self.names[said].alias] if found is None else found
+
+    def keep(self, alias: str, seconds: float | None) -> None:
+        """What the last request for a model says of how long it is to stay idle; None: as long as any."""
+        model = self.models.get(alias)
+        if model is not None and model.keep_seconds != seconds:
+            model.keep_seconds = seconds
+            self.look()
 
     def ticket(
         self, alias: str, priority: Priority, client: str = "", weight: float = 1.0, due: float = math.inf
@@ -288,6 +294,7 @@ class Registry:
         loaded; those who wait for it wait on. One that was taken out leaves too, and those who wait are told.
         """
         before, self.config = self.config, changes.config
+        self.names = Names.of(self.config.models.values())
         system = self.config.system
         for alias in changes.removed:
             model = self.models[alias]
@@ -305,6 +312,7 @@ class Registry:
         for alias, model in self.models.items():
             model.supervisor.settings = SupervisorSettings.of(system)
             model.scheduler.max_waiting = system.max_queue_size_per_model
+            model.take(self.config.models[alias].policy)
             if alias in changes.changed or alias in returning:
                 model.pending = self.config.models[alias]
                 if model.state.resident:
@@ -326,7 +334,8 @@ class Registry:
 
     def _rested(self, model: Model) -> None:
         model.used()
-        if self._someone_waits or model.retiring is not None or model.scheduler.backend is None:
+        unusual = model.retiring is not None or model.scheduler.backend is None or model.keep_seconds is not None
+        if self._someone_waits or unusual:
             self.look()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -410,7 +419,7 @@ class Registry:
 
     def _start(self, nursery: trio.Nursery, model: Model) -> None:
         model.scope = trio.CancelScope()
-        model.retiring, model.cut, model.was_ready = None, False, False
+        model.retiring, model.cut, model.was_ready, model.keep_seconds = None, False, False, None
         model.residency += 1
         model.heir = model.behind = None
         model.supervisor.move(Move.SPAWN)  # from here on it is resident: the next decision must see it

@@ -47,10 +47,16 @@ def compare(old: RouterConfig, new: RouterConfig) -> Changes:
     if old.api.key != new.api.key or old.keys != new.keys:
         keys.append("keys")
     common = [alias for alias in new.models if alias in old.models]
-    changed = tuple(alias for alias in common if new.models[alias] != old.models[alias])
-    for alias in changed:
+    # a policy needs no other llama-server
+    changed = tuple(
+        alias
+        for alias in common
+        if attrs.evolve(new.models[alias], policy=old.models[alias].policy) != old.models[alias]
+    )
+    for alias in common:
         # slots and file follow from others' keys too, which are told above
-        names = _differing(old.models[alias], new.models[alias])
+        names = list(_differing(old.models[alias], new.models[alias]))
+        names += _differing(old.models[alias].policy, new.models[alias].policy)
         keys += [written_key(("models", alias, name)) for name in names]
     return Changes(
         config=attrs.evolve(

@@ -253,6 +253,15 @@ class Scheduler:
             self._take_back()
             self._dispatch()
 
+    def withdraw(self, ticket: Ticket, error: RouterError) -> None:
+        """Tell whoever waits with `ticket`, if somebody does, `error`."""
+        for rank in self._ranks.values():
+            for waiter in rank.all():
+                if waiter.ticket is ticket:
+                    self._left(waiter)
+                    trio.lowlevel.reschedule(waiter.task, outcome.Error(error))
+                    return
+
     # --- backends ---------------------------------------------------------------------------------
 
     def open(self, backend: Backend) -> None:

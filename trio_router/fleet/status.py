@@ -8,9 +8,11 @@ from typing import Any
 from trio_router.backend.lifecycle import State
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
+from trio_router.fleet.ticket import Priority
 
 MIB = 1024 * 1024
 
+PRIORITY_LABELS = tuple(priority.label for priority in Priority)
 LISTED = {
     State.OFF: "unloaded",
     State.STARTING: "loading",
@@ -28,16 +30,25 @@ def timestamp(unix: float | None) -> str | None:
     return None if unix is None else datetime.fromtimestamp(unix, UTC).isoformat(timespec="milliseconds")
 
 
-def listed(model: Model) -> dict[str, Any]:
-    """An entry of GET /v1/models."""
+def listing(registry: Registry) -> dict[str, Any]:
+    """GET /v1/models: every model, and every variant as one of its own; other names stand with theirs."""
+    return {"object": "list", "data": [listed(registry, said) for said in registry.names.listed()]}
+
+
+def listed(registry: Registry, said: str) -> dict[str, Any]:
+    """An entry of GET /v1/models, for what a client calls a model. Raises UnknownModel."""
+    model = registry.model(said)
+    name = registry.names[said]
+    told = {"name": name.policy.name, "description": name.policy.description}
     return {
-        "id": model.alias,
+        "id": said,
         "object": "model",
         "created": model.created,
         "owned_by": "user",
         "n_ctx": model.supervisor.context,
         "path": str(model.config.file),
-        "aliases": [],
+        "aliases": list(model.config.policy.aliases) if said == model.alias else [],
+        **{key: text for key, text in told.items() if text is not None},
         "architecture": {"input_modalities": _reads(model.config.flags), "output_modalities": ["text"]},
         "status": _listed_status(model),
     }
@@ -79,6 +90,7 @@ def status(model: Model) -> dict[str, Any]:
         "slots": model.config.slots,
         "active": queue.active,
         "queued": queue.waiting,
+        "queued_by_priority": dict(zip(PRIORITY_LABELS, queue.waiting_by_priority, strict=True)),
         "n_ctx": supervisor.context,
         "gpu_layers": None if layers is None else {"on_gpus": layers[0], "of": layers[1]},
         "fitted": list(supervisor.weighing.said.fitted),

@@ -98,10 +98,11 @@ def check_encoding(sent: str | None) -> None:
 
 
 class _Body(msgspec.Struct):
-    """The two fields of a body that concern us; the rest is checked to be JSON and skipped."""
+    """The fields of a body that concern us; the rest is checked to be JSON and skipped."""
 
     model: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     stream: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    keep_alive: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 @attrs.frozen(kw_only=True)
@@ -110,10 +111,15 @@ class Wish:
 
     model: str
     stream: bool
+    keep_alive: msgspec.Raw | None = None
+    """As it is written, if it is there."""
 
 
-def read_wish(body: bytes | bytearray) -> Wish:
-    """Find `model` and `stream`. About 1 µs for a small body, 3 ms for 5 MB. Raises InvalidJSON, MissingModel."""
+def read_wish(body: bytes | bytearray, default: str | None = None) -> Wish:
+    """Find what concerns us; `default` stands for a model that is not named.
+
+    About 1 µs for a small body, 3 ms for 5 MB. Raises InvalidJSON, MissingModel.
+    """
     try:
         if not body.isascii():
             body.decode()  # fields that are skipped are not looked into
@@ -122,16 +128,28 @@ def read_wish(body: bytes | bytearray) -> Wish:
         raise InvalidJSON("the body is JSON, but not an object") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJSON(f"the body is not JSON: {error}") from error
+    try:
+        model = _model(found)
+    except MissingModel:
+        if default is None:
+            raise
+        model = default
+    stream = found.stream is not msgspec.UNSET and bytes(found.stream) == b"true"
+    if found.keep_alive is msgspec.UNSET:
+        return Wish(model=model, stream=stream)
+    return Wish(model=model, stream=stream, keep_alive=found.keep_alive)
+
+
+def _model(found: _Body) -> str:
     if found.model is msgspec.UNSET:
         raise MissingModel("the body has no field `model`", param="model")
     try:
-        model = _MODEL.decode(found.model)
+        return _MODEL.decode(found.model)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MissingModel(
             f"`model` is {shown(bytes(found.model)[:200].decode('utf-8', 'replace'))}; it must be a string",
             param="model",
         ) from error
-    return Wish(model=model, stream=found.stream is not msgspec.UNSET and bytes(found.stream) == b"true")
 
 
 def check_json(body: bytes | bytearray) -> None:

@@ -35,7 +35,7 @@ from trio_router.memory.devices import DeviceMonitor
 from trio_router.telemetry.events import Events
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
-from trio_router.web import llama_router, logs, models, monitoring, openapi, plans, reload, responses, ui
+from trio_router.web import llama_router, logs, models, monitoring, openapi, plans, reload, requests, responses, ui
 from trio_router.web.admission import INFERENCE_PATHS, Admission, changes_state, request_id
 from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
@@ -114,6 +114,7 @@ def create_app(
     streams: Streams,
     metrics: Metrics,
     summary: Summary,
+    under_way: set[Exchange],
 ) -> QuartTrio:
     """The app of one router."""
     app = QuartTrio("trio_router", static_folder=None)
@@ -125,7 +126,8 @@ def create_app(
     app.url_map.merge_slashes = False
     _add_admission(app, admission, registry, events)
     _add_errors(app, events)
-    infer = _add_inference(app, registry, events, keeper)
+    infer = _add_inference(app, registry, events, keeper, under_way)
+    requests.add_routes(app, under_way)
     llama_router.add_routes(app, registry, events, infer)
     models.add_routes(app, registry)
     monitoring.add_routes(app, registry, devices, metrics, summary)
@@ -224,7 +226,9 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
         return error_response(InternalError("an internal error; the router's log says more"))
 
 
-def _add_inference(app: QuartTrio, registry: Registry, events: Events, keeper: KeepAlive) -> llama_router.Infer:
+def _add_inference(
+    app: QuartTrio, registry: Registry, events: Events, keeper: KeepAlive, under_way: set[Exchange]
+) -> llama_router.Infer:
     """The paths that are answered by a llama-server; returns what answers the request at hand."""
 
     async def infer(alias: str | None, path: str) -> Response:
@@ -237,6 +241,7 @@ def _add_inference(app: QuartTrio, registry: Registry, events: Events, keeper: K
             client=(request.scope.get("client") or [""])[0],
             request_id=g.request_id,
             arrived_at=g.arrived_at,
+            under_way=under_way,
             alias=alias,
         )
         borrowed: AsyncExitStack = request.borrowed  # type: ignore[attr-defined]

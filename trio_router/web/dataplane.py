@@ -88,6 +88,7 @@ class DataPlane:
     admission: Admission
     max_body_bytes: int
     keeper: KeepAlive
+    under_way: set[Exchange]
     in_flight: InFlight = attrs.field(factory=InFlight)
     _known: dict[tuple[bytes, bytes], Known] = attrs.field(factory=dict)
     """Heads that were admitted lately, by their bytes before and after the length: a client sends the same each time."""
@@ -233,6 +234,7 @@ class DataPlane:
             client=client.address,
             request_id=identity,
             arrived_at=arrived_at,
+            under_way=self.under_way,
         )
         if known.asked.streamed:
             exchange.keeper = self.keeper

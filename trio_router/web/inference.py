@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 import attrs
+import msgspec
 import trio
 
 from trio_router.backend.connection import Headers
@@ -19,15 +20,18 @@ from trio_router.errors import (
     DeadlineUnreachable,
     MissingModel,
     ModelNotLoaded,
+    RequestCancelled,
     RouterError,
     TimedOut,
 )
 from trio_router.fleet.dispatch import dispatch
 from trio_router.fleet.registry import Registry
+from trio_router.fleet.rewriting import AS_IT_IS
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import check_encoding, check_json, deadline_seconds, priority, read_wish
+from trio_router.web.keep_alive import keep_alive_seconds
 from trio_router.web.keepalive import STREAMED, KeepAlive, Waiting
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
@@ -98,6 +102,8 @@ class Exchange:
     request_id: str
     arrived_at: float
     """Trio time."""
+    under_way: set["Exchange"]
+    """All there are; it is among them while it runs."""
     alias: str | None = None
     """The model, if not the body says it."""
     keeper: KeepAlive | None = None
@@ -108,7 +114,9 @@ class Exchange:
     _stream: bool = False
     """Whether the body asks for a stream."""
     _answer: Answer | None = None
-    _ticket: Ticket | None = None
+    _outgoing: Outgoing | None = None
+    ticket: Ticket | None = attrs.field(default=None, init=False)
+    """Its place in the queue, once it has one."""
     _entered: bool = False
     """Whether the key's holder counts it among its own."""
     _first_byte_at: float = 0.0
@@ -118,6 +126,7 @@ class Exchange:
 
     async def __aenter__(self) -> Answer:
         """Admit, queue, send; the answer has begun. Raises RouterError."""
+        self.under_way.add(self)
         try:
             self._answer = answer = await self._open()
         except BaseException as error:
@@ -140,7 +149,23 @@ class Exchange:
             answer.close()
             self._ended(None if whole else answer.error or error)
 
+    @property
+    def state(self) -> str:
+        """How far it is: waiting, running (nothing of its answer is there), or answering."""
+        if self._answer is not None:
+            return "answering"
+        return "waiting" if self._outgoing is None or self._outgoing.slot is None else "running"
+
+    def cancel(self, error: RouterError) -> None:
+        """Have it end with `error`, wherever it is."""
+        if self._answer is not None:
+            self._answer.cut(error)
+        elif self._outgoing is not None and self.ticket is not None:
+            self._outgoing.cut(error)
+            self.registry.models[self.ticket.alias].scheduler.withdraw(self.ticket, error)
+
     def _leave(self) -> None:
+        self.under_way.discard(self)
         if self._entered and self.asked.holder is not None:
             self.asked.holder.leave()
             self._entered = False
@@ -151,19 +176,24 @@ class Exchange:
             raise asked.problem.again()
         if self.alias is not None:
             check_json(self.body)
+        said, kept = (self.alias, None) if self.alias is not None else self._wanted()
         due = self.arrived_at + asked.deadline_seconds
-        self._ticket = ticket = self.registry.ticket(self.alias or self._wanted(), asked.priority, self.client, due=due)
+        self.ticket = ticket = self.registry.ticket(said, asked.priority, self.client, due=due)
         if not asked.autoload and self.registry.models[ticket.alias].supervisor.backend is None:
             raise ModelNotLoaded(f"model {ticket.alias!r} is not loaded, and autoload=false", param="model")
         if asked.holder is not None:
-            allowed = asked.holder.enter(ticket.alias, ticket.priority)
+            allowed = asked.holder.enter(ticket.alias, ticket.priority, said)
             self._entered = True
-            self._ticket = ticket = self.registry.ticket(
+            self.ticket = ticket = self.registry.ticket(
                 ticket.alias, allowed, asked.holder.name, asked.holder.weight, due
             )
         if due < ticket.arrived_at:
             raise DeadlineExceeded("the deadline passed before the body was there", param="X-Request-Deadline-Ms")
-        outgoing = Outgoing(asked.start, self.body, self.request_id)
+        keep_seconds = None if kept is None else keep_alive_seconds(kept)
+        rewriting = self.registry.names.rewritings.get(said)
+        if rewriting is not None or kept is not None:
+            self.body = (rewriting or AS_IT_IS).apply(asked.path, self.body)
+        self._outgoing = outgoing = Outgoing(asked.start, self.body, self.request_id)
         if self.registry.config.system.stop_at_once and self.alias is None:
             outgoing.stoppable = self._stoppable()
         if self._stream and self.say is not None:
@@ -174,24 +204,24 @@ class Exchange:
             ticket.waits = None
             if self.waiting is not None and self.keeper is not None:
                 self.keeper.forget(self.waiting)
+        self.registry.keep(ticket.alias, keep_seconds)
         waited = (ticket.granted_at or 0.0) - self.arrived_at
         return Answer(asked.path, lease, opened, waited, ticket.position, ticket.expected_seconds)
 
-    def _wanted(self) -> str:
-        """The model that the body names; the default one where that is to answer for others. Raises MissingModel."""
+    def _wanted(self) -> tuple[str, msgspec.Raw | None]:
+        """The model that the body names, or the default one where that is to answer for others; and its `keep_alive`.
+
+        Raises MissingModel.
+        """
         default = self.registry.config.system.default_model
-        try:
-            wish = read_wish(self.body)
-        except MissingModel:
-            if default is None:
-                raise
-            return default
+        wish = read_wish(self.body, default)
         self._stream = wish.stream
-        return wish.model if default is None or wish.model in self.registry.models else default
+        said = wish.model if default is None or wish.model in self.registry.names else default
+        return said, wish.keep_alive
 
     def _attend(self) -> None:
         """There is no slot for it: have its client told where it stands."""
-        ticket, keeper, say = self._ticket, self.keeper, self.say
+        ticket, keeper, say = self.ticket, self.keeper, self.say
         if ticket is None or keeper is None or say is None:
             return
         model = self.registry.models[ticket.alias]
@@ -215,7 +245,7 @@ class Exchange:
         self.events.ended(self._tell)
 
     def _tell(self) -> RequestFinished:
-        error, answer, ticket = self._error, self._answer, self._ticket
+        error, answer, ticket = self._error, self._answer, self.ticket
         if answer is not None:
             status = answer.status
         elif isinstance(error, RouterError):
@@ -288,6 +318,8 @@ def outcome_of(error: BaseException | None, status: int) -> Outcome:
 
 
 def _outcome_of(error: RouterError, status: int) -> Outcome:
+    if isinstance(error, RequestCancelled):
+        return Outcome.CANCELLED
     if isinstance(error, DeadlineUnreachable) or error.status == status == 503:
         return Outcome.REJECTED
     if isinstance(error, TimedOut):

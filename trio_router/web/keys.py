@@ -32,13 +32,13 @@ class Holder:
         """Of its share."""
         return self.config.weight
 
-    def enter(self, alias: str, wanted: Priority) -> Priority:
-        """Begin a request for `alias`; returns the priority it gets. `leave` ends it.
+    def enter(self, alias: str, wanted: Priority, said: str | None = None) -> Priority:
+        """Begin a request for `alias`, which the client called `said`; returns the priority it gets. `leave` ends it.
 
         Raises ModelNotAllowed, TooManyRequests.
         """
         config = self.config
-        if alias not in config.models and ANY_MODEL not in config.models:
+        if alias not in config.models and ANY_MODEL not in config.models and said not in config.models:
             raise ModelNotAllowed(
                 f"the key {config.name!r} may not ask model {alias!r}; it may ask {', '.join(config.models) or 'none'}",
                 param="model",

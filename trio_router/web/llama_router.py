@@ -55,7 +55,7 @@ class ModelEvents:
         """A sink: publish what concerns who watches."""
         match event:
             case ModelChanged(alias=alias) if alias in self._registry.models:
-                data = told_status(self._registry.models[alias])
+                data = told_status(self._registry, self._registry.models[alias])
                 self.hub.publish("message", {"model": alias, "event": "model_status", "data": data})
             case Reloaded():
                 self.hub.publish("message", {"model": "*", "event": "models_reload"})
@@ -65,9 +65,9 @@ class ModelEvents:
             self.hub.close()
 
 
-def entry(model: Model) -> dict[str, Any]:
+def entry(registry: Registry, said: str) -> dict[str, Any]:
     """A model in GET /models: that of GET /v1/models, in llama-server's words where those differ."""
-    told = listed(model)
+    model, told = registry.model(said), listed(registry, said)
     status = {**told["status"], "value": value(model)}
     if model.state is State.FAILED:
         status |= {"failed": True, "exit_code": exit_code(model)}
@@ -77,12 +77,12 @@ def entry(model: Model) -> dict[str, Any]:
     return {**told, **more}
 
 
-def told_status(model: Model) -> dict[str, Any]:
+def told_status(registry: Registry, model: Model) -> dict[str, Any]:
     """What `/models/sse` says of a model that changed."""
     told: dict[str, Any] = {"status": value(model)}
     match told["status"]:
         case "loaded":
-            told["info"] = entry(model)
+            told["info"] = entry(registry, model.alias)
         case "loading":
             told["progress"] = {"stages": ["text_model"], "current": "text_model", "value": 0.0}
         case _:
@@ -147,11 +147,12 @@ async def passed_on(client: BackendClient, path: str, body: bytes = b"") -> Resp
     return response
 
 
-def split(registry: Registry, target: str) -> tuple[Model, str]:
-    """The model that a path below `/upstream/` begins with, and the rest; an alias may hold slashes. Raises UnknownModel."""
-    aliases = [alias for alias in registry.models if target == alias or target.startswith(f"{alias}/")]
-    alias = max(aliases, key=len, default=target.partition("/")[0])
-    return registry.model(alias), target[len(alias) :]
+def split(registry: Registry, target: str) -> tuple[str, str]:
+    """The name that a path below `/upstream/` begins with, and the rest; a name may hold slashes. Raises UnknownModel."""
+    said = registry.names.longest_before(target)
+    if said is None:
+        said = registry.names[target.partition("/")[0]].said
+    return said, target[len(said) :]
 
 
 def add_routes(app: QuartTrio, registry: Registry, events: Events, infer: Infer) -> None:
@@ -165,7 +166,8 @@ def _add_all_models(app: QuartTrio, registry: Registry, events: Events) -> None:
 
     @app.get("/models")
     async def router_models() -> Response:
-        return json_response({"object": "list", "data": [entry(model) for model in registry.models.values()]})
+        entries = [entry(registry, said) for said in registry.names.listed()]
+        return json_response({"object": "list", "data": entries})
 
     @app.post("/models/load")
     async def router_load() -> Response:
@@ -207,13 +209,13 @@ def _add_one_model(app: QuartTrio, registry: Registry, infer: Infer) -> None:
         app.add_url_rule(path, f"of one model {path}", of_one_model, methods=["GET"])
 
     async def upstream(target: str) -> Response | WerkzeugResponse:
-        model, path = split(registry, target)
+        said, path = split(registry, target)
         if not path:
-            return redirect(f"{UPSTREAM}{model.alias}/")
+            return redirect(f"{UPSTREAM}{said}/")
         if request.method == "POST" and path in INFERENCE_PATHS:
-            response: Response = await infer(model.alias, path)
+            response: Response = await infer(said, path)
             return response
         body = await read_body(request, registry.config.api.max_body_bytes)
-        return await passed_on(await loaded(registry, model.alias), path, body)
+        return await passed_on(await loaded(registry, said), path, body)
 
     app.add_url_rule(f"{UPSTREAM}<path:target>", "upstream", upstream, methods=["GET", "POST"])

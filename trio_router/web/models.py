@@ -8,7 +8,7 @@ from quart_trio import QuartTrio
 from trio_router.backend.lifecycle import State
 from trio_router.errors import MissingModel
 from trio_router.fleet.registry import Registry
-from trio_router.fleet.status import fleet_status, listed, status
+from trio_router.fleet.status import fleet_status, listed, listing, status
 from trio_router.web.body import read_object
 from trio_router.web.responses import json_response
 
@@ -32,11 +32,11 @@ def add_routes(app: QuartTrio, registry: Registry) -> None:
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return json_response({"object": "list", "data": [listed(model) for model in registry.models.values()]})
+        return json_response(listing(registry))
 
     @app.get("/v1/models/<path:alias>")
     async def one_model(alias: str) -> Response:
-        return json_response(listed(registry.model(alias)))
+        return json_response(listed(registry, alias))
 
     @app.get("/v1/models/status")
     async def all_statuses() -> Response:

@@ -66,7 +66,8 @@ SCHEMAS: Final[Mapping[str, Schema]] = {
         "type": "object",
         "required": ["model"],
         "properties": {"model": STRING, "stream": {"description": "true: an answer in events."}},
-        "description": "What llama-server reads at this path; the router reads `model` and `stream`, and passes all on.",
+        "description": "What llama-server reads at this path; the router reads `model` and `stream`, takes "
+        "`keep_alive` (seconds, or '5m') for itself, and passes the rest on.",
     },
 }
 
@@ -268,6 +269,21 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         answers={200: (JSON, _DONE)},
         errors=(404,),
         parameters=(ALIAS,),
+    ),
+    _get(
+        "/v1/requests",
+        "What is being answered now, the oldest first; with a key that is no operator's, its own.",
+        _object(total=COUNT, requests={"type": "array", "items": _object(id=STRING, state=STRING, model=TEXT_OR_NULL)}),
+        tag="requests",
+    ),
+    Endpoint(
+        method="post",
+        path="/v1/requests/{id}/cancel",
+        summary="End a request, wherever it is; its client is told.",
+        tag="requests",
+        answers={200: (JSON, _object(status=STRING, cancelled=COUNT))},
+        errors=(404,),
+        parameters=(_parameter("id", "path", {"type": "string", "minLength": 1}, "Its X-Request-ID."),),
     ),
     Endpoint(
         method="post",

@@ -97,19 +97,32 @@ class Outgoing:
     request_id: str
     stoppable: Stoppable | None = None
     """What is sent in its place."""
+    slot: Slot | None = None
+    """Where it is, while its answer has not begun."""
+    refusal: RouterError | None = None
+    """Why it is not to go on."""
+
+    def cut(self, error: RouterError) -> None:
+        """Have the attempt that runs, and any other, end with `error`."""
+        self.refusal = error
+        if self.slot is not None:
+            self.slot.disconnect()
 
     async def attempt(self, slot: Slot) -> Opened:
         """Send the request on `slot`'s connection and wait for the first bytes of the answer's body.
 
         llama-server sends the head of a stream before it has read the prompt: with only that in hand the request
-        could not be given to another. Raises BackendLost, BackendTimeout.
+        could not be given to another. Raises BackendLost, BackendTimeout, and what `cut` says.
         """
+        self.slot = slot
         key = slot.backend.address.key
         stoppable = self.stoppable
         body = self.body if stoppable is None else stoppable.body
         head = request_head(self.start, len(body), request_id=self.request_id, key=key)
         try:
             connection = await slot.connect()
+            if self.refusal is not None:
+                raise self.refusal
             await connection.send(head, body)
             answer = await connection.receive_head()
             if stoppable is not None and is_event_stream(answer):
@@ -120,6 +133,9 @@ class Outgoing:
                 while not connection.complete:
                     first += await connection.receive()
         except BackendLost as lost:
+            self.slot = None
+            if self.refusal is not None:
+                raise self.refusal from lost
             if lost.silent:
                 raise BackendTimeout(f"model {slot.backend.alias!r}: {lost}", param="model") from lost
             raise
@@ -140,6 +156,8 @@ class Answer:
     """How long it was expected to wait, if that was asked."""
     error: RouterError | None = None
     """What ended it before its time, if something did."""
+    refusal: RouterError | None = None
+    """Why it is not to go on."""
     _last: list[bytes] = attrs.field(factory=list)
     """The last pieces that went out, and maybe a few more than `tail` needs."""
     status: int = attrs.field(init=False)
@@ -271,7 +289,14 @@ class Answer:
 
         await self.opened.connection.stream(passed)
 
+    def cut(self, error: RouterError) -> None:
+        """Have it end with `error`, if it has not ended."""
+        self.refusal = error
+        self.opened.connection.close()
+
     def _lost(self, lost: BackendLost) -> RouterError:
+        if self.refusal is not None:
+            return self.refusal
         backend = self.lease.slot.backend
         if lost.silent:
             return BackendTimeout(f"model {backend.alias!r}: {lost}", param="model")
