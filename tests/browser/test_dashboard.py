@@ -116,11 +116,73 @@ def test_what_an_operator_does(page: "Chrome", router: RouterProcess) -> None:
     assert complaints(page) == []
 
 
+def test_a_request_is_seen_and_cancelled(page: "Chrome", router: RouterProcess) -> None:
+    assert router.chat("swift").status_code == 200
+    says(page, "Requests under way", "None.")
+    endless = {"tokens": 10_000, "token_seconds": 0.05}
+    pending = router.in_background("swift", stream=True, fake=endless, headers={"X-Request-ID": "mine"}, timeout=60)
+    pressed = "const found = document.querySelector(`tr[data-request='mine'] button`); found?.click(); return !!found"
+    wait_until(lambda: page.execute_script(pressed), timeout_seconds=SECONDS)
+    assert "request_cancelled" in pending.answer().text
+    says(page, "None.")
+    assert complaints(page) == []
+
+
+def test_variants_can_be_talked_to(browser: "Chrome", start_router: StartRouter, header_gguf: Path) -> None:
+    table = {
+        "model_path": header_gguf,
+        "name": "Swift One",
+        "variants": {"wild": {"set": {"temperature": 1.5}}},
+    }
+    router = start_router(models={"swift": table})
+    browser.get(f"{router.url}/ui/")
+    says(browser, "Swift One", "swift:wild")
+    browser.execute_script(
+        "const chosen = document.querySelector('select[aria-label=\"model of the chat\"]');"
+        "chosen.value = 'swift:wild'; chosen.dispatchEvent(new Event('change'))"
+    )
+    says(browser, "Ask swift:wild something")
+    browser.execute_script(
+        "const form = document.querySelector('form.say'); form.words.value = 'hello'; form.requestSubmit()"
+    )
+    says(browser, "first token after")
+    until_state(browser, "swift", "ready")
+    browser.get("about:blank")
+
+
+def test_a_phone(page: "Chrome", router: RouterProcess, pictures: Path) -> None:
+    """Nothing stands beside the screen, and everything can be done there."""
+    screen = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    try:
+        press_when_there(page)
+        until_state(page, "swift", "ready")
+        press(page, "broken", "Load")
+        until_state(page, "broken", "failed")
+        wide = page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert wide == [390, 390]
+        buttons = page.execute_script(
+            "return [...document.querySelectorAll('td.actions button')].map((each) => each.getBoundingClientRect().right)"
+        )
+        assert buttons
+        assert max(buttons) <= 390
+        assert page.save_screenshot(str(pictures / "dashboard-phone.png"))
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Where pictures go: TRIO_ROUTER_SCREENSHOTS says where they are kept, to be looked at."""
+    folder = Path(os.environ.get("TRIO_ROUTER_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_both_themes(page: "Chrome", theme: str, tmp_path: Path) -> None:
-    """The pictures are kept where TRIO_ROUTER_SCREENSHOTS says, to be looked at."""
+def test_both_themes(page: "Chrome", theme: str, pictures: Path) -> None:
     page.execute_script("localStorage.setItem('theme', arguments[0])", theme)
-    page.set_window_size(1280, 1000)
+    page.set_window_size(1280, 1600)
     page.refresh()
     press_when_there(page)
     until_state(page, "swift", "ready")
@@ -129,9 +191,7 @@ def test_both_themes(page: "Chrome", theme: str, tmp_path: Path) -> None:
     # pico's ground: white, or nearly black
     ground = page.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
     assert (min(int(each) for each in re.findall(r"\d+", ground)[:3]) > 128) == (theme == "light"), ground
-    folder = Path(os.environ.get("TRIO_ROUTER_SCREENSHOTS") or tmp_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / f"dashboard-{theme}.png"
+    picture = pictures / f"dashboard-{theme}.png"
     assert page.save_screenshot(str(picture))
     assert picture.stat().st_size > 20_000
     assert complaints(page) == []

@@ -19,8 +19,10 @@ async function checked(answer) {
 
 export const ask = async (path) => (await checked(await fetch(path, { headers: bearer() }))).json();
 
+/** What an operator does to a model, by its alias, or to a request, by its id. */
 export async function command(what, alias) {
   const send = (path, body) => fetch(path, { method: "POST", headers: { "Content-Type": "application/json", ...bearer() }, body: JSON.stringify(body) });
+  if (what === "cancel") return (await checked(await send(`/v1/requests/${encodeURIComponent(alias)}/cancel`, {}))).json();
   if (what === "reset") return (await checked(await send(`/v1/models/${alias}/reset`, {}))).json();
   return (await checked(await send(`/v1/models/${what}${what === "load" ? "?wait=false" : ""}`, { model: alias }))).json();
 }
