@@ -1,8 +1,8 @@
 """The commands. Nothing else parses argv.
 
-Exit codes: 0 clean, 1 failed while running, 2 bad usage or bad configuration, 3 no router, 4 no such model. Heavy imports
-wait for the command that needs them, so that `--help` and a misspelt flag answer at once. What speaks to a router that
-runs is in `commands/`.
+Exit codes: 0 clean, 1 failed while running, 2 bad usage (of `serve` and `check` also a bad configuration), 3 no router, 4
+no such model, 78 a bad configuration. Heavy imports wait for the command that needs them, so that `--help` and a misspelt
+flag answer at once. What speaks to a router that runs is in `commands/`.
 """
 
 import argparse
@@ -26,7 +26,10 @@ BAD_CONFIG = 2
 _DEFAULT_CONFIG = "router.toml"
 _DEFAULT_URL = "http://127.0.0.1:8000"
 _INTERRUPTED = 130
-_TALKING = {"ps", "ls", "load", "eject", "reset", "logs", "run", "top", "health", "reload", "drain", "plan"}
+_TALKING = {
+    *("ps", "ls", "load", "eject", "reset", "logs", "run", "top", "requests", "cancel", "health", "reload", "drain"),
+    "plan",
+}
 _WRITING = {"init", "schema", "completion"}
 
 
@@ -96,7 +99,7 @@ def _add_talking(commands: "_Commands") -> None:
     where.add_argument(
         "--api-key", metavar="KEY", help="default: $API_KEY, which others on this machine cannot read as they can this"
     )
-    where.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+    where.add_argument("--json", dest="as_json", action="store_true", help="for programs; a line each for what goes on")
 
     def add(name: str, about: str, *positional: str) -> argparse.ArgumentParser:
         parser = commands.add_parser(name, parents=[where], allow_abbrev=False, help=about)
@@ -116,6 +119,8 @@ def _add_talking(commands: "_Commands") -> None:
         "prompt", metavar="PROMPT", nargs="?", help="default: read it from a pipe; at a terminal, talk"
     )
     add("top", "requests, queues and tokens, live")
+    add("requests", "requests under way")
+    add("cancel", "end a request that is under way", "request")
     add("health", "whether the router is well")
     add("reload", "have it read its configuration again")
     add("drain", "have it finish what runs, and stop")
@@ -132,6 +137,7 @@ def _add_writing(commands: "_Commands") -> None:
     )
     init.add_argument("--out", metavar="FILE", type=Path, default=Path(_DEFAULT_CONFIG), help="default: %(default)s")
     init.add_argument("--force", action="store_true", help="write over a file that is there")
+    init.add_argument("--json", dest="as_json", action="store_true", help="say what was found for programs")
     commands.add_parser("schema", allow_abbrev=False, help="the JSON Schema of router.toml, for editors")
     completion = commands.add_parser("completion", allow_abbrev=False, help="what makes a shell complete commands")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
@@ -166,11 +172,11 @@ def _does(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         case "logs":
             from trio_router.commands.watch import logs  # noqa: PLC0415
 
-            return logs(router, **given)
+            return logs(router, as_json=options.as_json, **given)
         case "run":
             from trio_router.commands.chat import run  # noqa: PLC0415
 
-            return run(router, **given)
+            return run(router, as_json=options.as_json, **given)
         case "top":
             from trio_router.commands.watch import top  # noqa: PLC0415
 
@@ -191,7 +197,8 @@ def _writes(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         case "init":
             from trio_router.commands.init import init  # noqa: PLC0415
 
-            return init(options.models_dir, options.out, force=options.force, environ=environ)
+            given = {"force": options.force, "as_json": options.as_json}
+            return init(options.models_dir, options.out, environ=environ, **given)
         case "schema":
             from trio_router.commands.talk import print_json  # noqa: PLC0415
             from trio_router.config.json_schema import json_schema  # noqa: PLC0415

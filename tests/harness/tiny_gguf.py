@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ALIGNMENT = 32
-UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
+UINT16, UINT32, INT32, FLOAT32, STRING, ARRAY = 2, 4, 5, 6, 8, 9
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 F32, F16 = 0, 1
 NORMAL_TOKEN = 1
@@ -155,6 +155,26 @@ def _architecture(name: str) -> list[bytes]:
 
 def write_tiny_llama(path: Path, *, tokenizer_from: Path, seed: int = 0) -> Path:
     """A llama with random weights at `path`; another seed is another model."""
+    return _write(path, *_tiny_llama(tokenizer_from, seed))
+
+
+def write_split_llama(folder: Path, stem: str, *, tokenizer_from: Path, parts: int) -> list[Path]:
+    """The same in `parts` files, as llama-gguf-split makes them: the first has the metadata, each says which it is."""
+    entries, tensors = _tiny_llama(tokenizer_from, 0)
+    files = []
+    for number in range(parts):
+        numbers = [_number(f"split.{key}", value) for key, value in (("no", number), ("count", parts))]
+        numbers.append(_string("split.tensors.count") + struct.pack("<Ii", INT32, len(tensors)))
+        path = folder / f"{stem}-{number + 1:05d}-of-{parts:05d}.gguf"
+        files.append(_write(path, [*(entries if number == 0 else []), *numbers], tensors[number::parts]))
+    return files
+
+
+def _number(key: str, value: int) -> bytes:
+    return _string(key) + struct.pack("<IH", UINT16, value)
+
+
+def _tiny_llama(tokenizer_from: Path, seed: int) -> tuple[list[bytes], list[Tensor]]:
     rng = random.Random(seed)
     copied, tokens, types = _tokenizer(tokenizer_from)
     vocabulary = len(tokens)
@@ -183,7 +203,7 @@ def write_tiny_llama(path: Path, *, tokenizer_from: Path, seed: int = 0) -> Path
         tensors += [matrix(f"{block}ffn_{part}.weight", WIDTH, FEED_FORWARD) for part in ("gate", "up")]
         tensors.append(matrix(f"{block}ffn_down.weight", FEED_FORWARD, WIDTH))
     entries = [*_architecture(f"tiny-{seed}"), _uint32("llama.vocab_size", vocabulary), *copied]
-    return _write(path, entries, tensors)
+    return entries, tensors
 
 
 def write_header_only(path: Path, *, seed: int = 0) -> Path:

@@ -57,6 +57,85 @@ def test_what_fails_says_why(router: RouterProcess, capsys: pytest.CaptureFixtur
     assert run(router, "logs", "nobody") == 4
 
 
+def test_requests_and_cancel(router: RouterProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    pending = router.in_background(
+        "one", stream=True, fake={"tokens": 9999, "token_seconds": 0.05}, headers={"X-Request-ID": "a/b"}, timeout=60
+    )
+
+    def listed() -> list[str]:
+        assert run(router, "requests") == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("a/b ")]
+
+    row = wait_until(listed, timeout_seconds=10)[0].split()
+    assert (row[1], row[3], row[-1]) == ("one", "normal", "/v1/chat/completions")
+    assert run(router, "requests", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 1
+    assert run(router, "cancel", "a/b") == 0
+    assert capsys.readouterr().out == "1 cancelled\n"
+    assert "request_cancelled" in pending.answer().text
+    assert run(router, "cancel", "a/b") == 4
+
+
+def test_for_programs(
+    router: RouterProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(router, "run", "--json", "one", "hello") == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"]).split()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert run(router, "run", "--json", "one") == 0
+    assert capsys.readouterr().out
+    assert run(router, "logs", "--json", "-n", "1", "one") == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"model", "line"}
+
+
+def test_a_bar_while_a_model_loads(
+    start_router: StartRouter, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    gate = tmp_path / "gate"
+    router = start_router(models={"slow": ["--fake-load-until", str(gate)], "none": []})
+    opened = threading.Timer(1.5, gate.touch)
+    opened.start()
+    assert run(router, "load", "slow") == 0
+    opened.join()
+    said = capfd.readouterr()
+    assert said.out == "model 'slow' is ready\n"
+    assert "loading slow" in said.err
+    assert run(router, "load", "none", "--json") == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["status"] == "success"
+    assert said.err == ""
+
+
+def test_what_is_wrong_with_a_configuration(start_router: StartRouter, capsys: pytest.CaptureFixture[str]) -> None:
+    router = start_router(models={"one": []})
+    text = router.config_path.read_text()
+    router.config_path.write_text(text.replace("[api]", "[api]\nport = -1\nmax_body_mb = 0"))
+    assert run(router, "reload") == 78
+    told = capsys.readouterr().err
+    assert "api.port" in told
+    assert "api.max_body_mb" in told
+
+
+def test_who_asks_is_answered_at_once(router: RouterProcess) -> None:
+    """What `ps` imports, and so what it takes: 0.3 s is the bound on a machine with nothing else to do."""
+    code = """
+import sys, time
+before = time.perf_counter()
+from trio_router.cli import main
+status = main(sys.argv[1:], {})
+heavy = {"trio", "quart", "hypercorn", "httpx", "cattrs", "rich", "asyncio"} & sys.modules.keys()
+print(status, sorted(heavy), file=sys.stderr)
+"""
+    for command in ("ps", "ls", "requests", "health"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--url", router.url],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        assert done.stderr == "0 []\n"
+
+
 def test_no_router(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ps", "--url", "http://127.0.0.1:9"], {}) == 3
     assert main(["ps"], {"TRIO_ROUTER_URL": "127.0.0.1:9"}) == 3

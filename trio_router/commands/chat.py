@@ -1,6 +1,8 @@
 """`run`: one answer, or a talk."""
 
+import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from trio_router.commands.talk import CLEAN, Router, Said
@@ -8,10 +10,14 @@ from trio_router.commands.talk import CLEAN, Router, Said
 Message = dict[str, str]
 
 
-def run(router: Router, model: str, prompt: str | None) -> int:
-    """Answer `prompt`; without one talk, or read it from a pipe."""
-    if prompt is None and not sys.stdin.isatty():
+def run(router: Router, model: str, prompt: str | None, *, as_json: bool) -> int:
+    """Answer `prompt`; without one talk, or read it from a pipe. For programs: what llama-server says, an event a line."""
+    if prompt is None and (as_json or not sys.stdin.isatty()):
         prompt = sys.stdin.read()
+    if as_json:
+        for event in answer(router, model, [{"role": "user", "content": prompt or ""}]):
+            print(json.dumps(event, ensure_ascii=False), flush=True)
+        return CLEAN
     if prompt is not None:
         say(router, model, [{"role": "user", "content": prompt}])
         return CLEAN
@@ -35,16 +41,25 @@ def run(router: Router, model: str, prompt: str | None) -> int:
 def say(router: Router, model: str, talk: list[Message]) -> str:
     """Print the answer as it comes, and return it. Raises Said."""
     whole = ""
-    for _, event in router.events("/v1/chat/completions", {"model": model, "messages": talk, "stream": True}):
-        if "error" in event:
-            print()
-            raise Said(f"broken off: {event['error']['message']}")
+    for event in answer(router, model, talk):
         piece = _text(event)
         whole += piece
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
     return whole
+
+
+def answer(router: Router, model: str, talk: list[Message]) -> Iterator[dict[str, Any]]:
+    """The events of an answer. Raises Said."""
+    begun = False
+    for _, event in router.events("/v1/chat/completions", {"model": model, "messages": talk, "stream": True}):
+        if "error" in event:
+            if begun:
+                print()
+            raise Said(f"broken off: {event['error']['message']}")
+        begun = True
+        yield event
 
 
 def _text(event: dict[str, Any]) -> str:

