@@ -45,7 +45,9 @@ STREAMS = [path for path in BODIES if re.search(r"completion|infill|responses|me
 
 @pytest.fixture(scope="module")
 def router(start_shared_router: StartRouter) -> RouterProcess:
-    return start_shared_router(models={"org/qwen": ["-np", "4", "--embedding"]}, other=["--embedding"])
+    # a request to a model with several slots names its slot, unless that is not wanted
+    system = {"cache_affinity": False}
+    return start_shared_router(models={"org/qwen": ["-np", "4", "--embedding"]}, other=["--embedding"], system=system)
 
 
 @pytest.fixture(scope="module", params=["plane", "quart"])

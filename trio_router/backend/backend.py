@@ -9,6 +9,7 @@ import trio
 from trio_router.backend.address import Address
 from trio_router.backend.client import BackendClient
 from trio_router.backend.connection import Connection
+from trio_router.backend.conversation import Conversation
 from trio_router.backend.logtail import LogTail
 
 COMPUTE_ERROR = b'"message":"Compute error."'
@@ -26,6 +27,8 @@ class Slot:
     connection: Connection | None = None
     since: float = 0.0
     """Trio time at which it was leased last."""
+    holds: Conversation | None = None
+    """What it was given last, if that is known."""
 
     async def connect(self) -> Connection:
         """A connection that can carry a request: the kept one if it still can. Raises BackendLost."""
@@ -59,6 +62,8 @@ class Backend:
     patience_seconds: float = math.inf
     """Longest silence in the middle of a request."""
     slots: tuple[Slot, ...] = ()
+    pins: bool = True
+    """Whether its slots are ours, number by number: a request can be told which one to use."""
     lost: str | None = None
     """Why it is gone, once it is."""
     unloaded: bool = False

@@ -407,6 +407,7 @@ class Supervisor:
         except NoAnswer as error:
             log.warning("no properties", model=self.model.alias, error=str(error))
             return
+        backend.pins = props.get("total_slots") == len(backend.slots)
         settings = props.get("default_generation_settings")
         context = settings.get("n_ctx") if isinstance(settings, dict) else None
         if isinstance(context, int):

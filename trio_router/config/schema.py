@@ -107,6 +107,8 @@ class SystemConfig:
     """How often a request whose backend died before its first byte is queued again."""
     stop_at_once: bool = False
     """Have llama-server say how far it is, so that it stops at once when a client leaves."""
+    cache_affinity: bool = True
+    """Have a conversation go on in the slot that holds it: requests name their slot, where a model has several."""
     backend_transport: BackendTransport = BackendTransport.UNIX
     """How llama-servers are reached: Unix sockets in a private folder, or loopback ports with a key per process."""
     default_model: str | None = None

@@ -118,7 +118,12 @@ class Registry:
 
     def _new(self, entry: ModelConfig) -> Model:
         system = self.config.system
-        scheduler = Scheduler(alias=entry.alias, slots=entry.slots, max_waiting=system.max_queue_size_per_model)
+        scheduler = Scheduler(
+            alias=entry.alias,
+            slots=entry.slots,
+            max_waiting=system.max_queue_size_per_model,
+            cache_affinity=system.cache_affinity,
+        )
         model = Model(
             config=entry,
             scheduler=scheduler,
@@ -313,6 +318,7 @@ class Registry:
             model.supervisor.settings = SupervisorSettings.of(system)
             model.scheduler.max_waiting = system.max_queue_size_per_model
             model.take(self.config.models[alias].policy)
+            model.scheduler.cache_affinity = system.cache_affinity
             if alias in changes.changed or alias in returning:
                 model.pending = self.config.models[alias]
                 if model.state.resident:

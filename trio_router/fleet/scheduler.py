@@ -29,6 +29,7 @@ import outcome
 import trio
 
 from trio_router.backend.backend import Backend, Slot
+from trio_router.backend.conversation import MOST_SLOTS, choose
 from trio_router.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull, QueueTimeout, RouterError
 from trio_router.fleet.estimate import Pace, drained_in, expected_wait, overtaken, retry_after
 from trio_router.fleet.ranks import Rank, Waiter, in_order
@@ -75,6 +76,8 @@ class Scheduler:
     slots: int
     """How many a backend of this model has."""
     max_waiting: int
+    cache_affinity: bool = False
+    """Whether a conversation is to go on in the slot that holds it."""
     demand: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when somebody begins or ceases to wait while there is no backend."""
     rest: Callable[[], None] = attrs.field(default=lambda: None)
@@ -102,6 +105,11 @@ class Scheduler:
     """Requests that wait for a slot."""
     active: int = 0
     _idle: trio.Event | None = None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it matters which slot a request gets."""
+        return self.cache_affinity and 1 < self.slots <= MOST_SLOTS
 
     @property
     def idle(self) -> bool:
@@ -138,7 +146,7 @@ class Scheduler:
         and is cancelled before it runs has it still: it ends at its next await.
         """
         if self._free and (not ticket.alone or not self._busy):  # and so nobody waits
-            return self._grant(ticket, self._free.pop())
+            return self._grant(ticket, self._take(ticket))
         if not ticket.requeued:
             ahead = self.ahead(ticket)
             if self.waiting >= self.room:
@@ -309,6 +317,13 @@ class Scheduler:
 
     # --- the mechanism ----------------------------------------------------------------------------
 
+    def _take(self, ticket: Ticket) -> Slot:
+        """A free slot, if there is a choice the one that suits the request."""
+        conversation = ticket.conversation
+        slot = self._free.pop(-1 if conversation is None else choose(self._free, conversation))
+        slot.holds = conversation
+        return slot
+
     def _grant(self, ticket: Ticket, slot: Slot) -> Lease:
         self.active += 1
         ticket.granted_at = slot.since = trio.current_time()
@@ -361,4 +376,4 @@ class Scheduler:
                 return
             rank.now = max(rank.now, waiter.ticket.turn)
             self._dequeue(waiter)
-            trio.lowlevel.reschedule(waiter.task, outcome.Value(self._grant(waiter.ticket, self._free.pop())))
+            trio.lowlevel.reschedule(waiter.task, outcome.Value(self._grant(waiter.ticket, self._take(waiter.ticket))))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import attrs
 
+from trio_router.backend.conversation import Conversation
+
 
 class Priority(enum.Enum):
     """What a client asks for in `X-Request-Priority`; the value is the seed's number."""
@@ -49,6 +51,8 @@ class Ticket:
     """Trio time at which its client waits no longer."""
     position: int = 0
     """Its place in the queue when it arrived; 0 if there was a slot for it."""
+    conversation: Conversation | None = None
+    """Which one it belongs to, where there is a slot to be chosen for it."""
     waits: Callable[[], None] | None = None
     """Called when there is no slot for it at once; again if it lost the one it got."""
     expected_seconds: float | None = None

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Final
 
 import attrs
 import msgspec
@@ -18,7 +19,6 @@ from trio_router.backend.connection import Headers
 from trio_router.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,
-    MissingModel,
     ModelNotLoaded,
     RequestCancelled,
     RouterError,
@@ -30,13 +30,15 @@ from trio_router.fleet.rewriting import AS_IT_IS
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
-from trio_router.web.admission import check_encoding, check_json, deadline_seconds, priority, read_wish
+from trio_router.web.admission import Talk, check_encoding, check_json, deadline_seconds, priority, read_wish
 from trio_router.web.keep_alive import keep_alive_seconds
 from trio_router.web.keepalive import STREAMED, KeepAlive, Waiting
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
 from trio_router.web.stoppable import Stoppable
 
+SESSIONS: Final = (b"x-session-id", b"x-session-affinity", b"session-id", b"x-claude-code-session-id")
+"""Headers by which clients name the conversation that a request belongs to."""
 AUTOLOAD_OFF = re.compile(r"[?&]autoload=(?:false|0)(?:&|$)")
 INTERNAL_ERROR = 500
 CLIENT_CLOSED_REQUEST = 499
@@ -55,6 +57,8 @@ class Asked:
     priority: Priority = Priority.NORMAL
     deadline_seconds: float = math.inf
     """How long after its arrival its client waits no longer for it to begin."""
+    session: bytes | None = None
+    """Its client's name for the conversation that it belongs to."""
     streamed: bool = False
     """Whether it may be answered by a stream of events."""
     autoload: bool = True
@@ -70,6 +74,7 @@ class Asked:
         """
         asked = cls(path=path, start=request_start(target, headers), holder=holder, streamed=path in STREAMED)
         fields = first_values(headers)
+        asked.session = next((fields[name] for name in SESSIONS if name in fields), None)
         asked.autoload = "autoload=" not in target or AUTOLOAD_OFF.search(target) is None
         try:
             check_encoding(_text(fields.get(b"content-encoding")))
@@ -113,6 +118,7 @@ class Exchange:
     """Once it had to."""
     _stream: bool = False
     """Whether the body asks for a stream."""
+    _talk: Talk | None = None
     _answer: Answer | None = None
     _outgoing: Outgoing | None = None
     ticket: Ticket | None = attrs.field(default=None, init=False)
@@ -194,10 +200,8 @@ class Exchange:
         if rewriting is not None or kept is not None:
             self.body = (rewriting or AS_IT_IS).apply(asked.path, self.body)
         self._outgoing = outgoing = Outgoing(asked.start, self.body, self.request_id)
-        if self.registry.config.system.stop_at_once and self.alias is None:
-            outgoing.stoppable = self._stoppable()
-        if self._stream and self.say is not None:
-            ticket.waits = self._attend
+        if self._talk is not None:
+            self._suit(self._talk, ticket, outgoing)
         try:
             lease, opened = await dispatch(self.registry, ticket, outgoing.attempt, request_id=self.request_id)
         finally:
@@ -214,10 +218,20 @@ class Exchange:
         Raises MissingModel.
         """
         default = self.registry.config.system.default_model
-        wish = read_wish(self.body, default)
-        self._stream = wish.stream
+        wish = read_wish(self.body, default, talk=self.asked.streamed)
+        self._stream, self._talk = wish.stream, wish.talk
         said = wish.model if default is None or wish.model in self.registry.names else default
         return said, wish.keep_alive
+
+    def _suit(self, talk: Talk, ticket: Ticket, outgoing: Outgoing) -> None:
+        """What a request gets whose body we read: a slot that suits it, word while it waits, a llama-server that stops."""
+        if self.registry.config.system.stop_at_once:
+            outgoing.stoppable = Stoppable.of(self.asked.path, self.body, stream=self._stream)
+        if self.registry.models[ticket.alias].scheduler.chooses:
+            ticket.conversation = talk.conversation(self.asked.session)
+            outgoing.pinned = ticket.conversation is not None
+        if self._stream and self.say is not None:
+            ticket.waits = self._attend
 
     def _attend(self) -> None:
         """There is no slot for it: have its client told where it stands."""
@@ -230,13 +244,6 @@ class Exchange:
             self.waiting = Waiting(model=model, ticket=ticket, endpoint=self.asked.path, say=say, due=due)
         if self.waiting is not None:
             keeper.attend(self.waiting)
-
-    def _stoppable(self) -> Stoppable | None:
-        """What llama-server can be asked in its place, to stop when the client leaves."""
-        try:
-            return Stoppable.of(self.asked.path, self.body, stream=read_wish(self.body).stream)
-        except MissingModel:
-            return None
 
     def _ended(self, error: BaseException | None) -> None:
         """Say, once, that it is over; what became of it is told by `_tell` when nobody waits for us."""

@@ -97,6 +97,8 @@ class Outgoing:
     request_id: str
     stoppable: Stoppable | None = None
     """What is sent in its place."""
+    pinned: bool = False
+    """Whether it is to be told which slot to use."""
     slot: Slot | None = None
     """Where it is, while its answer has not begun."""
     refusal: RouterError | None = None
@@ -118,6 +120,8 @@ class Outgoing:
         key = slot.backend.address.key
         stoppable = self.stoppable
         body = self.body if stoppable is None else stoppable.body
+        if self.pinned and slot.backend.pins:
+            body = in_slot(body, slot.index)
         head = request_head(self.start, len(body), request_id=self.request_id, key=key)
         try:
             connection = await slot.connect()
@@ -140,6 +144,15 @@ class Outgoing:
                 raise BackendTimeout(f"model {slot.backend.alias!r}: {lost}", param="model") from lost
             raise
         return Opened(connection, answer, first)
+
+
+def in_slot(body: bytes | bytearray, index: int) -> bytes:
+    """`body`, which is a JSON object with something in it, with the slot that it is for.
+
+    The first of its fields, so that the client's own `id_slot`, if there is one, is the last that llama-server reads.
+    """
+    opened = body.index(b"{") + 1
+    return b"".join([body[:opened], b'"id_slot":%d,' % index, body[opened:]])
 
 
 @attrs.define(eq=False)

@@ -1,0 +1,92 @@
+"""The real llama-server behind a queue: conversations that keep their slots, streams that wait and are told so."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.harness.router import RouterProcess
+from tests.harness.toml import router_toml
+
+pytestmark = pytest.mark.e2e
+
+INSTRUCTIONS = {"role": "system", "content": "river stone paper cloud garden window music bread " * 60}
+
+
+def turn(router: RouterProcess, conversation: list[dict[str, str]], words: str) -> int:
+    """Say something; how many tokens of the prompt were computed for it."""
+    conversation.append({"role": "user", "content": words})
+    body = {"model": "tiny", "messages": conversation, "max_tokens": 8}
+    with router.client() as client:
+        answer = client.post("/v1/chat/completions", json=body).json()
+    conversation.append(answer["choices"][0]["message"])
+    computed: int = answer["timings"]["prompt_n"]
+    return computed
+
+
+def test_conversations_in_turn_are_computed_as_alone(
+    real_llama: Path, tiny_models: tuple[Path, ...], tmp_path: Path
+) -> None:
+    """With the same instructions, where llama-server by itself would have them in each other's slot."""
+    assert real_llama.exists()
+    flags = ["-c", "8192", "-np", "2", "-t", "1", "--cache-ram", "0"]
+    models = {"tiny": {"model_path": tiny_models[0], "flags": flags}}
+    text = router_toml(models=models, system={"gpu_devices": []})
+    turns = [f"{word} " * 20 for word in ("letter", "winter", "bread", "stone")]
+    with RouterProcess(tmp_path / "router", text, environment={"PATH": os.defpath}) as router:
+        alone: list[dict[str, str]] = [INSTRUCTIONS]
+        once = sum(turn(router, alone, words) for words in turns)
+        with router.client() as client:
+            client.post("/v1/models/eject", json={"model": "tiny"}).raise_for_status()
+        both: list[list[dict[str, str]]] = [[INSTRUCTIONS], [INSTRUCTIONS]]
+        computed = sum(
+            turn(router, conversation, f"{number} {words}")
+            for words in turns
+            for number, conversation in enumerate(both)
+        )
+    assert computed <= 1.1 * 2 * once
+
+
+@pytest.mark.parametrize("quart", [False, True])
+def test_openais_client_takes_comments_for_what_they_are(
+    real_llama: Path, tiny_models: tuple[Path, ...], tmp_path: Path, quart: bool
+) -> None:
+    assert real_llama.exists()
+    models = {"tiny": {"model_path": tiny_models[0], "flags": ["-c", "512", "-np", "1", "-t", "1"]}}
+    text = router_toml(models=models, system={"gpu_devices": [], "keepalive_after_sec": 0.01})
+    got = bytearray()
+    headers = {"TE": "trailers"} if quart else {}  # a request that asks for more is answered by Quart
+
+    def seen(response: httpx.Response) -> None:
+        stream: Any = response.stream
+        response.stream = Copied(stream, got)
+
+    with (
+        RouterProcess(tmp_path / "router", text, environment={"PATH": os.defpath}) as router,
+        httpx.Client(trust_env=False, timeout=60, event_hooks={"response": [seen]}, headers=headers) as http,
+        openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", http_client=http, max_retries=0) as client,
+    ):
+        messages: Any = [{"role": "user", "content": "Hi"}]
+        stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, stream=True)
+        assert [chunk.object for chunk in stream if chunk.choices]
+        assert bytes(got).startswith(b": ")  # its model had to be loaded
+        assert json.loads(bytes(got).split(b"data: ")[1])["object"] == "chat.completion.chunk"
+
+
+class Copied(httpx.SyncByteStream):
+    """A response's body, of which somebody keeps a copy."""
+
+    def __init__(self, stream: httpx.SyncByteStream, copy: bytearray) -> None:
+        self.stream, self.copy = stream, copy
+
+    def __iter__(self) -> Any:
+        for piece in self.stream:
+            self.copy += piece
+            yield piece
+
+    def close(self) -> None:
+        self.stream.close()
