@@ -121,7 +121,7 @@ class Model:
     @property
     def load_progress(self) -> int | None:
         """Percent of a load, by the time it took last; None when it is not being loaded, or that is not known."""
-        if self.scheduler.backend is not None:
+        if self.state is State.READY:
             return 100
         since, load = self.supervisor.loading_since, self.load_seconds
         if since is None or not load:
