@@ -53,6 +53,10 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
         return BAD_CONFIG
     if options.command == "check":
         return _check(config, environ, ask=options.ask)
+    if options.command == "simulate":
+        from trio_router.commands.simulate import simulate_trace  # noqa: PLC0415
+
+        return simulate_trace(config, options.trace, as_json=options.as_json, plot=options.plot)
     config = _with_address(config, options, parser)
     return _serve(config, environ, options, lambda: _with_address(read(), options, parser))
 
@@ -83,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
     )
+    simulate = commands.add_parser(
+        "simulate", parents=[config], allow_abbrev=False, help="play what happened again, in virtual time"
+    )
+    simulate.add_argument("trace", metavar="TRACE", type=Path, help="what GET /v1/router/trace said")
+    simulate.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+    simulate.add_argument("--plot", metavar="FILE", type=Path, help="write a picture, as SVG")
     check = commands.add_parser(
         "check", parents=[config], allow_abbrev=False, help="say what is wrong with the configuration and its files"
     )

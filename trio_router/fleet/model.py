@@ -74,6 +74,8 @@ class Model:
     """Whether its running requests are being ended rather than waited for."""
     scope: trio.CancelScope | None = None
     """Ends its supervisor."""
+    told_at: float | None = None
+    """Trio time at which its llama-server was told to stop."""
     residency: int = 0
     """How often it was brought into memory."""
     was_ready: bool = False

@@ -85,6 +85,8 @@ class Registry:
     events: Events
     launcher: Launcher
     devices: DeviceMonitor | None = None
+    supervising: type[Supervisor] = Supervisor
+    """A simulation has another kind."""
     leaving: list[Model] = attrs.field(factory=list)
     """Taken out of router.toml, and still in memory."""
     loads: LoadPace = attrs.field(factory=LoadPace)
@@ -109,10 +111,17 @@ class Registry:
 
     @classmethod
     def of(
-        cls, config: RouterConfig, launcher: Launcher, events: Events, devices: DeviceMonitor | None = None
+        cls,
+        config: RouterConfig,
+        launcher: Launcher,
+        events: Events,
+        devices: DeviceMonitor | None = None,
+        supervising: type[Supervisor] = Supervisor,
     ) -> "Registry":
         """A registry of `config`'s models, all off."""
-        registry = cls(config=config, models={}, events=events, launcher=launcher, devices=devices)
+        registry = cls(
+            config=config, models={}, events=events, launcher=launcher, devices=devices, supervising=supervising
+        )
         registry.models = {alias: registry._new(entry) for alias, entry in config.models.items()}
         return registry
 
@@ -134,7 +143,7 @@ class Registry:
         )
         model.room_in = lambda: self._room_in(model)
         scheduler.opens_in = model.opens_in
-        model.supervisor = Supervisor(
+        model.supervisor = self.supervising(
             model=entry,
             number=next(self._numbers),
             launcher=self.launcher,
@@ -427,7 +436,7 @@ class Registry:
         model.scope = trio.CancelScope()
         model.retiring, model.cut, model.was_ready, model.keep_seconds = None, False, False, None
         model.residency += 1
-        model.heir = model.behind = None
+        model.heir = model.behind = model.told_at = None
         model.supervisor.move(Move.SPAWN)  # from here on it is resident: the next decision must see it
         nursery.start_soon(self._reside, model, model.scope, name=f"supervisor[{model.alias}]")
 
@@ -444,7 +453,8 @@ class Registry:
             if model in self.leaving:
                 self.leaving.remove(model)
             model.renew()
-            self.events.emit(Unloaded(alias=model.alias, reason=reason))
+            stopped = None if model.told_at is None else trio.current_time() - model.told_at
+            self.events.emit(Unloaded(alias=model.alias, reason=reason, seconds=stopped))
             model.settle()
             self.look()
 
@@ -477,6 +487,7 @@ class Registry:
             return
         if model.supervisor.backend is not None:
             model.supervisor.backend.lose("it was unloaded", wanted=True)
+        model.told_at = trio.current_time()
         scope.cancel()
 
     # --- the end ----------------------------------------------------------------------------------

@@ -104,10 +104,11 @@ class LoadFinished:
 
 @attrs.frozen(kw_only=True)
 class Unloaded:
-    """A model's memory is free again."""
+    """A model's memory is free again, `seconds` after its llama-server was told to stop, if it was."""
 
     alias: str
     reason: UnloadReason
+    seconds: float | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -162,6 +163,8 @@ class RequestFinished:
     cached_tokens: int | None = None
     key: str | None = None
     """Name of the key it came with."""
+    client: str | None = None
+    """Who shares fairly with others: the name of a key, or an address."""
 
 
 Event = ModelChanged | ServerChanged | Reloaded | LoadFinished | Unloaded | BackendExited | BackendRestarted

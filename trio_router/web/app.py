@@ -134,7 +134,7 @@ def create_app(
     add_streams(app, streams)
     logs.add_routes(app, registry)
     reload.add_routes(app, reloader)
-    plans.add_routes(app, registry)
+    plans.add_routes(app, registry, events)
     ui.add_routes(app)
     openapi.add_routes(app, registry, admission)
     return app

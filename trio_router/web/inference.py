@@ -271,6 +271,8 @@ class Exchange:
             key=None if self.asked.holder is None else self.asked.holder.name,
             duration_seconds=self._ended_at - self.arrived_at,
         )
+        if ticket is not None:
+            event.client = ticket.client
         if ticket is not None and ticket.granted_at is not None:
             event.waited_seconds = ticket.granted_at - ticket.arrived_at
             event.held_seconds = self._ended_at - ticket.granted_at

@@ -314,6 +314,11 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         "The last decisions on which models are loaded, oldest first.",
         _object(decisions={"type": "array", "items": _PLAN}),
     ),
+    _get(
+        "/v1/router/trace",
+        "The last requests and loads, without what was said: for `trio-router simulate`.",
+        answers={200: ("application/jsonl", STRING)},
+    ),
     _get("/models", "The models there are, as llama-server's router tells.", _MODELS, tag="llama-server's router"),
     Endpoint(
         method="post",

@@ -1,17 +1,30 @@
-"""What would happen to a request, and what was decided."""
+"""What would happen to a request, what was decided, and what really happened."""
 
+from collections.abc import AsyncIterator
+from itertools import islice
+from typing import Final
+
+import trio
 from quart import Response, request
 from quart_trio import QuartTrio
 
 from trio_router.errors import MissingModel
 from trio_router.fleet.registry import Registry
+from trio_router.telemetry.events import Events
+from trio_router.telemetry.trace import Trace
 from trio_router.web.admission import PLAN_PATH, priority
 from trio_router.web.body import read_object
 from trio_router.web.responses import json_response
 
+LINES_AT_ONCE: Final = 200
+"""A few milliseconds' work."""
 
-def add_routes(app: QuartTrio, registry: Registry) -> None:
+
+def add_routes(app: QuartTrio, registry: Registry, events: Events) -> None:
     """Add them to `app`."""
+    kept = Trace()
+    events.sinks.append(kept)
+    events.request_sinks.append(kept.requests)
 
     @app.post(PLAN_PATH)
     async def plan() -> Response:
@@ -26,3 +39,13 @@ def add_routes(app: QuartTrio, registry: Registry) -> None:
     @app.get("/v1/router/decisions")
     async def decisions() -> Response:
         return json_response({"decisions": [each.as_json() for each in registry.decisions]})
+
+    @app.get("/v1/router/trace")
+    async def trace() -> Response:
+        async def pieces() -> AsyncIterator[str]:
+            lines = kept.lines()
+            while piece := "".join(islice(lines, LINES_AT_ONCE)):
+                yield piece
+                await trio.lowlevel.checkpoint()
+
+        return Response(pieces(), content_type="application/jsonl")
