@@ -74,7 +74,9 @@ class FakeServer:
     async def read_log_until_stopped(self, name: str) -> None:
         assert name == self.alias
         if self.plan.words:
-            self.tail.feed(self.plan.words.encode() + b"\n")
+            for line in self.tail.feed(self.plan.words.encode() + b"\n"):
+                if self.hear is not None:
+                    self.hear(line)
         await self._reaped.wait()
 
     async def wait(self) -> None:

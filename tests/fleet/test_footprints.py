@@ -222,6 +222,17 @@ async def test_what_others_took_meanwhile_is_not_believed(tmp_path: Path, autoju
         assert run.fleet["a"].footprint.trust is Trust.PROJECTED
 
 
+async def test_a_model_that_was_shrunk_is_no_measure(tmp_path: Path, autojump_clock: MockClock) -> None:
+    servers = Servers(says={"a": 385}, takes={"a": 340})
+    async with learning(servers, tmp_path, a=None) as run:
+        await run.until("a", Trust.PROJECTED)
+        servers.plan("a").words = "load_tensors: offloaded 20/31 layers to GPU"
+        await run.loaded("a")
+        await trio.sleep(60)
+        assert run.fleet["a"].footprint.trust is Trust.PROJECTED
+        assert run.fleet["a"].supervisor.weighing.said.fitted == ("20 of 31 layers on GPUs",)
+
+
 async def test_another_entry_of_the_file_is_another_model(tmp_path: Path, autojump_clock: MockClock) -> None:
     servers = Servers(says={"a": 285}, takes={"a": 340})
     async with learning(servers, tmp_path, a=None) as run:

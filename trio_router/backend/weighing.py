@@ -25,6 +25,8 @@ class Weighed:
     """The same near its end, after use."""
     projection: Projection | None = None
     """What llama-server said that it would take."""
+    shrunk: bool = False
+    """It took less than that, for memory was short: no measure for another time."""
 
 
 Told = Callable[[Weighed], None]
@@ -102,7 +104,7 @@ class Weighing:
                 self._moving = None
         if load is not None:
             self._pid, self._ready_at = pid, time.time()
-        self.told(Weighed(load=load, projection=self.said.projection))
+        self.told(Weighed(load=load, projection=self.said.projection, shrunk=bool(self.said.fitted)))
 
     def _end(self) -> None:
         if self._moving is not None:

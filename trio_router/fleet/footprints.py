@@ -231,6 +231,8 @@ class Footprints:
         took = sum(held.bytes for held in told.load.held)
         expected = model.footprint.projected_device_bytes - (0 if told.load.alone else shared(self._driver()))
         log.info("weighed", model=model.alias, mb=round(took / MIB), expected_mb=round(expected / MIB))
+        if told.shrunk:
+            return
         said = self.learned.model(name).projection is not None
         if said and abs(took - expected) > max(DOUBTFUL_BYTES, DOUBTFUL_SHARE * expected):
             log.warning("not believed: other programs took memory, or gave it back", model=model.alias)

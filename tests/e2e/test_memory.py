@@ -1,0 +1,47 @@
+"""What the real llama-server says of its memory, and what it is told about it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import StartRouter
+from tests.harness.toml import router_toml
+from trio_router.cli import main
+
+pytestmark = [pytest.mark.process, pytest.mark.e2e]
+
+
+def test_check_asks_llama_server_once(
+    tmp_path: Path, real_llama: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = {"m": {"model_path": smollm2, "flags": ["-c", "2048", "--device", "none"]}}
+    system = {"llama_server_path": real_llama, "gpu_devices": [], "state_dir": tmp_path / "state"}
+    config = tmp_path / "router.toml"
+    config.write_text(router_toml(models=models, system=system))
+
+    def row(*options: str) -> str:
+        assert main(["check", "--config", str(config), *options], {}) == 0
+        return capsys.readouterr().out.splitlines()[1]
+
+    assert " formula " in row()
+    assert not (tmp_path / "state").exists()
+    asked = row("--ask")
+    assert "llama-server: weights 92, cache 45, compute" in asked
+    assert row() == asked
+    (fact,) = json.loads((tmp_path / "state" / "memory.json").read_text())["models"].values()
+    assert fact["projection"]["devices"] == []
+
+
+@pytest.mark.parametrize(("flags", "fits"), [(["-ngl", "99"], False), ([], True)])
+def test_llama_server_fits_only_what_is_not_said(
+    start_router: StartRouter, real_llama: Path, smollm2: Path, flags: list[str], fits: bool
+) -> None:
+    router = start_router(
+        models={"m": {"model_path": smollm2, "flags": ["-c", "512", "-t", "1", "-lv", "4", *flags]}},
+        system={"llama_server_path": real_llama},
+    )
+    router.post("/v1/models/load", {"model": "m"})
+    lines = router.get("/v1/models/m/logs?lines=1000").text
+    assert ("fitting params to device memory" in lines) is fits
+    assert router.status("m")["n_ctx"] == 512
