@@ -80,6 +80,15 @@ def test_two_devices() -> None:
     assert [one.name for one in said(*lines[:3], second, *lines[3:]).projection.devices] == ["Vulkan0", "Vulkan1"]
 
 
+def test_other_buffers_are_the_hosts() -> None:
+    """Weights that are laid out anew for the CPU stand in a row of their own."""
+    row = "x |   - CPU_REPACK               |                    50 =    50 +       0 +       0                |\n"
+    lines = H100.splitlines(keepends=True)
+    found = said(*lines[:4], row, lines[4]).projection
+    assert [one.name for one in found.devices] == ["Vulkan0"]
+    assert found.host == share("Host", 78, 0, 10)
+
+
 def test_rounding_is_made_up_for() -> None:
     """Each number is rounded down: what the sum has more lies somewhere, and compute buffers are the least exact."""
     found = said(H100.replace("1551 =", "1553 =")).projection

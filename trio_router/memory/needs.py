@@ -21,7 +21,7 @@ import attrs
 from trio_router.config.schema import ModelConfig
 from trio_router.memory.footprint import MIB, Footprint, Part, Place, Trust, margin
 from trio_router.memory.learned import DriverFacts, Load, ModelFacts
-from trio_router.memory.projection import Projection, Share
+from trio_router.memory.projection import HOST, Projection, Share
 
 LLAMA_SERVER: Final = "llama-server"
 MOST_GROWTH_BYTES: Final = 32 * MIB
@@ -59,8 +59,8 @@ def _projected(formula: Footprint, projection: Projection) -> list[Part]:
         beside = [part for part in formula.parts if part.name not in _OURS]
     parts = _parts(projection.devices, Place.DEVICE)
     parts += _parts(() if projection.host is None else (projection.host,), Place.HOST)
-    parts += _parts([share for share in projection.draft if share.name != "Host"], Place.DEVICE, "draft ")
-    parts += _parts([share for share in projection.draft if share.name == "Host"], Place.HOST, "draft ")
+    parts += _parts([share for share in projection.draft if share.name != HOST], Place.DEVICE, "draft ")
+    parts += _parts([share for share in projection.draft if share.name == HOST], Place.HOST, "draft ")
     if projection.devices:
         parts += [part for part in formula.parts if part.name == "driver"]
     return [*parts, *beside]

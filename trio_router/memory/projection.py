@@ -21,6 +21,7 @@ from typing import Final
 import attrs
 
 MIB: Final = 1024 * 1024
+HOST: Final = "Host"
 _MAX_DEVICES: Final = 64
 
 _HEADER: Final = re.compile(r"\| memory breakdown \[MiB\]")
@@ -28,6 +29,8 @@ _ROW: Final = re.compile(
     r"\|\s+- (?P<name>[A-Za-z][\w.]{0,63})(?: \([^|]*\))?\s*\|[^|]*?"
     r"(?P<self>\d{1,9}) =\s*(?P<model>\d{1,9}) \+\s*(?P<context>\d{1,9}) \+\s*(?P<compute>\d{1,9})\b"
 )
+_ON_DEVICE: Final = re.compile(r"= *-?\d+ \+ \(")
+"""Rows of devices say their total and free memory too; what has none of its own is the host's, whatever it is called."""
 _EXTRA: Final = re.compile(r"device memory data for the extra model")
 _DRAFT: Final = re.compile(r"estimated memory usage of draft model")
 _PROJECTED: Final = re.compile(r"projected to use \d+ MiB of (?:device|host) memory")
@@ -89,7 +92,7 @@ class StartLog:
         if "MiB" in line:
             self._hear_table(line)
         elif (row := _ROW.search(line)) and len(self._table) < _MAX_DEVICES:
-            self._table.append(_share(row))
+            self._add(_share(row, device=_ON_DEVICE.search(line) is not None))
         elif _EXTRA.search(line):
             self._extra = True
         if found := _LAYERS.search(line):
@@ -98,6 +101,19 @@ class StartLog:
             self.reduced = int(found[1]), int(found[2])
         if _LOADS.search(line):
             self.loads = True
+
+    def _add(self, share: Share) -> None:
+        """One row; those of the host are one."""
+        before = next((one for one in self._table if one.name == HOST == share.name), None)
+        if before is None:
+            self._table.append(share)
+        else:
+            self._table[self._table.index(before)] = attrs.evolve(
+                share,
+                model=before.model + share.model,
+                context=before.context + share.context,
+                compute=before.compute + share.compute,
+            )
 
     def _hear_table(self, line: str) -> None:
         if _HEADER.search(line):
@@ -122,16 +138,16 @@ class StartLog:
         return tuple(told)
 
 
-def _share(row: "re.Match[str]") -> Share:
+def _share(row: "re.Match[str]", *, device: bool) -> Share:
     """Each number is rounded down; the sum is nearer to the truth than its parts."""
     model, context, total = (int(row[name]) * MIB for name in ("model", "context", "self"))
     compute = max(int(row["compute"]) * MIB, total - model - context)
-    return Share(name=row["name"], model=model, context=context, compute=compute)
+    return Share(name=row["name"] if device else HOST, model=model, context=context, compute=compute)
 
 
 def _projection(main: Sequence[Share], draft: Sequence[Share]) -> Projection:
     return Projection(
-        devices=tuple(share for share in main if share.name != "Host"),
-        host=next((share for share in main if share.name == "Host"), None),
+        devices=tuple(share for share in main if share.name != HOST),
+        host=next((share for share in main if share.name == HOST), None),
         draft=tuple(draft),
     )
