@@ -79,9 +79,9 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _parameter(name: str, where: str, schema: Schema, text: str) -> Schema:
-    needed = {"required": True} if where == "path" else {}
-    return {"name": name, "in": where, "schema": schema, "description": text, **needed}
+def _parameter(name: str, where: str, schema: Schema, text: str, *, needed: bool = False) -> Schema:
+    needs = {"required": True} if needed or where == "path" else {}
+    return {"name": name, "in": where, "schema": schema, "description": text, **needs}
 
 
 ALIAS: Final = _parameter("alias", "path", {"type": "string", "minLength": 1}, "A model's name; it may hold slashes.")
@@ -91,7 +91,7 @@ PRIORITY: Final = _parameter(
 DEADLINE: Final = _parameter(
     "X-Request-Deadline-Ms",
     "header",
-    {"type": "integer", "minimum": 1},
+    {"type": "integer", "minimum": 1, "maximum": 10**12 - 1},
     "How long the client waits until the request begins; 504 at once if that cannot be met.",
 )
 REQUEST_ID: Final = _parameter(
@@ -353,7 +353,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
             answers={200: (JSON, ANY)},
             errors=(400, 404, 501, 503, 504),
             parameters=(
-                _parameter("model", "query", STRING, "Its alias."),
+                _parameter("model", "query", STRING, "Its alias.", needed=path != "/props"),
                 _parameter("autoload", "query", SWITCH, "false: an error if it is not loaded."),
             ),
             error=_object(error=OBJECT),
