@@ -103,6 +103,11 @@ def test_what_an_operator_does(page: "Chrome", router: RouterProcess) -> None:
     )
     until_state(page, "swift", "ready")
 
+    # what was decided stands there, with the reason
+    says(page, "Decisions", "start")
+    said = httpx.get(f"{router.url}/v1/router/decisions").json()["decisions"][-1]["why"]
+    says(page, said)
+
     # what fails says why, and can be reset
     press(page, "broken", "Load")
     until_state(page, "broken", "failed")

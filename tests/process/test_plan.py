@@ -22,6 +22,8 @@ def test_a_plan_and_what_then_happens(start_router: StartRouter, capsys) -> None
     told = [(each["outcome"], each["model"], each["evicts"]) for each in decisions]
     assert told == [("start", "a", []), ("evict", "b", ["a"]), ("start", "b", [])]
     assert decisions[1].keys() == plan.keys()
+    assert router.get("/v1/router/decisions?last=1").json()["decisions"] == decisions[-1:]
+    assert router.get("/v1/router/decisions?last=x").json()["decisions"] == decisions
 
 
 def test_what_is_no_request(start_router: StartRouter) -> None:

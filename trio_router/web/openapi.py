@@ -313,6 +313,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         "/v1/router/decisions",
         "The last decisions on which models are loaded, oldest first.",
         _object(decisions={"type": "array", "items": _PLAN}),
+        parameters=(_parameter("last", "query", {"type": "string"}, "How many; without it all that are kept."),),
     ),
     _get(
         "/v1/router/trace",

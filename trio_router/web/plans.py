@@ -38,7 +38,10 @@ def add_routes(app: QuartTrio, registry: Registry, events: Events) -> None:
 
     @app.get("/v1/router/decisions")
     async def decisions() -> Response:
-        return json_response({"decisions": [each.as_json() for each in registry.decisions]})
+        last = request.args.get("last", type=int)
+        kept = list(registry.decisions)
+        found = kept if last is None or last < 1 else kept[-last:]
+        return json_response({"decisions": [each.as_json() for each in found]})
 
     @app.get("/v1/router/trace")
     async def trace() -> Response:

@@ -2,6 +2,7 @@
 import { html, render, useState, useEffect, useCallback } from "./vendor/htm-preact.js";
 import { Chart } from "./charts.js";
 import { Chat } from "./chat.js";
+import { Decisions } from "./decisions.js";
 import { colour, gib, ms } from "./format.js";
 import { useFleet, useNumbers } from "./hooks.js";
 import { Log } from "./logs.js";
@@ -83,6 +84,7 @@ function App() {
         <${Chart} title="Running / waiting" unit="" history=${history} headline=${[(each) => each.totals.active_requests, (each) => each.totals.queue_depth]} series=${[{ label: "running", stroke: "#0f9d78", value: (each) => each.totals.active_requests }, { label: "waiting", stroke: "#c07f00", value: (each) => each.totals.queue_depth }]}/>
       </div>
       <${Requests} act=${act}/>
+      <${Decisions} stamp=${names.map((name) => fleet.models[name].status).join()}/>
       ${names.length > 0 && html`<div class="pair"><div id="chat"><${Chat} key=${chat} names=${said.length ? said : names} alias=${chat} onChange=${setChatted}/></div><div id="log"><${Log} names=${names} alias=${log} onChange=${setLogged}/></div></div>`}
     </main>`;
 }
