@@ -52,6 +52,8 @@ class FakeServer:
     code: int | None = None
     illness: str = ""
     hear: Any = None
+    name: str = ""
+    """Tells the replicas of a model apart."""
     _exit: trio.Event = attrs.field(factory=trio.Event)
     _ill: trio.Event = attrs.field(factory=trio.Event)
     _reaped: trio.Event = attrs.field(factory=trio.Event)
@@ -147,14 +149,15 @@ class FakeServers:
         plan = attrs.evolve(self.plan(model.alias))
         if plan.refused is not None:
             raise LaunchFailed(plan.refused)
-        assert model.alias not in self.alive, "a model has one llama-server at a time"
-        server = FakeServer(model.alias, incarnation, pid=self.launches.total(), plan=plan, fleet=self)
-        self.alive[model.alias] = server
+        name = model.alias if model.replicas == 1 else f"{model.alias}#{number}"
+        assert name not in self.alive, "a model, and each replica, has one llama-server at a time"
+        server = FakeServer(model.alias, incarnation, pid=self.launches.total(), plan=plan, fleet=self, name=name)
+        self.alive[name] = server
         self.most_alive = max(self.most_alive, len(self.alive))
         return server, Address(port=server.pid)
 
     def gone(self, server: FakeServer) -> None:
-        assert self.alive.pop(server.alias) is server
+        assert self.alive.pop(server.name) is server
 
     def uniform(self, low: float, high: float) -> float:
         self.jitters.append((low, high))

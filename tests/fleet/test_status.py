@@ -46,6 +46,10 @@ async def test_a_model_that_is_off(servers: FakeServers, autojump_clock: MockClo
             "queued_by_priority": {"high": 0, "normal": 0, "low": 0},
             "n_ctx": None,
             "load_duration_sec": None,
+            "replicas": [],
+            "gpu_layers": None,
+            "fitted": [],
+            "vram_source": None,
         }
         entry = listed(fleet.registry, "a")
         assert abs(entry.pop("created") - datetime.now(UTC).timestamp()) < 60

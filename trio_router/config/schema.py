@@ -130,6 +130,8 @@ class ModelConfig:
     """For llama-server, unchanged."""
     keepalive: bool = True
     """Whether streams that wait for it begin with comments."""
+    replicas: int = attrs.field(default=1, validator=Within(minimum=1))
+    """How many llama-servers may serve its queue, each of which counts as a model in memory."""
     vram_mb: int | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=1)))
     """What it takes of a GPU's memory, MiB; None: that is found out. A measured load is believed before this."""
     slots: int = attrs.field(default=1, metadata=DERIVED, validator=Within(minimum=1))

@@ -37,6 +37,11 @@ class Model:
     config: ModelConfig
     scheduler: Scheduler
     events: Events
+    leader: "Model | None" = None
+    """The one whose queue it serves, of which it is a replica; None for all that have a name of their own."""
+    number: int = 1
+    """Tells replicas apart."""
+    replicas: list["Model"] = attrs.field(factory=list)
     supervisor: Supervisor = attrs.field(init=False)
     look: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when a decision about it may be another than before."""
@@ -93,8 +98,8 @@ class Model:
 
     @property
     def alias(self) -> str:
-        """Its name."""
-        return self.config.alias
+        """Its name; that of a replica is no alias that anybody could ask for."""
+        return self.config.alias if self.leader is None else f"{self.config.alias}#{self.number}"
 
     @property
     def state(self) -> State:
@@ -217,6 +222,10 @@ class Model:
         """It did something just now."""
         self.last_used = trio.current_time()
         self.last_used_at = time.time()
+
+    def tell_counts(self) -> None:
+        """More or fewer wait, or hold a lease, here or at a replica."""
+        self.scheduler.changed()
 
     def settle(self) -> None:
         """Wake who waits for its state to change."""

@@ -119,7 +119,8 @@ def decided(registry: "Registry", decision: Decision) -> list[Plan]:
     """What a decision is about to do, as plans that have come true; one that yields already is not told of again."""
     now = trio.current_time()
     held = registry.projected_bytes()
-    models = {model.alias: model for model in (*registry.models.values(), *registry.leaving)}
+    replicas = [replica for model in registry.models.values() for replica in model.replicas]
+    models = {model.alias: model for model in (*registry.models.values(), *replicas, *registry.leaving)}
     told = []
 
     def tell(alias: str, outcome: str, why: str, evicts: tuple[str, ...] = (), change: int = 0) -> None:

@@ -43,6 +43,7 @@ from trio_router.fleet.names import Names
 from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decide
 from trio_router.fleet.planner import decided, plan_for
 from trio_router.fleet.reload import Changes
+from trio_router.fleet.replicas import events_of, say_whether_they_grow, wish_for
 from trio_router.fleet.scheduler import Lease, Scheduler
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.fleet.turns import TurnRules
@@ -126,6 +127,17 @@ class Registry:
         return registry
 
     def _new(self, entry: ModelConfig) -> Model:
+        model = self._one(entry, None)
+        self._replicate(model, entry)
+        return model
+
+    def _replicate(self, model: Model, entry: ModelConfig) -> None:
+        """Give a model the replicas that its entry says, in the place of those it had."""
+        model.replicas = [self._one(entry, model) for _ in range(entry.replicas - 1)]
+        model.scheduler.followers = [replica.scheduler for replica in model.replicas]
+
+    def _one(self, entry: ModelConfig, leader: Model | None) -> Model:
+        """A model, or a replica of `leader`."""
         system = self.config.system
         scheduler = Scheduler(
             alias=entry.alias,
@@ -151,6 +163,11 @@ class Registry:
             gate=model,
             events=self.events,
         )
+        if leader is not None:
+            model.leader, model.number = leader, model.supervisor.number
+            model.supervisor.events = events_of(model, self.events)
+            scheduler.leader = leader.scheduler
+            scheduler.changed = leader.tell_counts
         scheduler.demand = self.look
         scheduler.contended = self._someone_waits
         scheduler.rest = lambda: self._rested(model)
@@ -227,8 +244,14 @@ class Registry:
     def answered(self, backend: Backend, end: bytes) -> None:
         """A request was answered by `backend`; its answer ended so."""
         model = self.models.get(backend.alias) if backend.answered(end) else None
-        if model is not None and model.supervisor.backend is backend:
+        if model is None:
+            return
+        if model.supervisor.backend is backend:
             model.supervisor.proved()
+        else:
+            for replica in model.replicas:
+                if replica.supervisor.backend is backend:
+                    replica.supervisor.proved()
 
     def learn(self, ended: Sequence[RequestFinished]) -> None:
         """A request sink: how long these held their slots."""
@@ -281,16 +304,19 @@ class Registry:
 
         Requests that wait for it go on waiting, and have it loaded again. Raises UnknownModel.
         """
-        model = self.model(alias)
-        if not model.state.resident:
-            model.kept = model.preload = False
-            return False
+        leader = self.model(alias)
         drain = 0.0 if force else self.config.system.drain_timeout_sec
-        self._mail.send_nowait(_Eject(model=model, force=force, drain_seconds=drain))
-        residency = model.residency
-        while model.state.resident and model.residency == residency:
-            await model.until_settled()
-        return True
+        ejected = []
+        for model in (leader, *leader.replicas):
+            if model.state.resident:
+                self._mail.send_nowait(_Eject(model=model, force=force, drain_seconds=drain))
+                ejected.append((model, model.residency))
+            else:
+                model.kept = model.preload = False
+        for model, residency in ejected:
+            while model.state.resident and model.residency == residency:
+                await model.until_settled()
+        return bool(ejected)
 
     def reset(self, alias: str) -> tuple[bool, str | None]:
         """Let a failed model be tried again: whether there was anything to reset, and what the error was."""
@@ -314,9 +340,9 @@ class Registry:
             model = self.models[alias]
             model.refused(UnknownModel(f"model {alias!r} was taken out of the configuration", param="model"))
             model.supervisor.journal.close()
-            if model.state.resident:
-                self.leaving.append(model)
-                self._mail.send_nowait(_Renew(model=model))
+            self._part_from(model, *model.replicas)
+        for alias in changes.changed:
+            self._part_from(*self.models[alias].replicas)
         returning = {model.alias: model for model in self.leaving if model.alias in changes.added}
         self.leaving = [model for model in self.leaving if model.alias not in returning]
         for model in returning.values():
@@ -334,10 +360,20 @@ class Registry:
                     self._mail.send_nowait(_Renew(model=model))
                 else:
                     model.renew()
+                self._replicate(model, self.config.models[alias])
+            for replica in model.replicas:
+                replica.supervisor.settings = SupervisorSettings.of(system)
             if alias in system.preload_models and alias not in before.system.preload_models:
                 model.preload = True
         self.events.emit(Reloaded(aliases=tuple(self.models)))
         self.look()
+
+    def _part_from(self, *models: Model) -> None:
+        """They are in the configuration no more: those in memory leave."""
+        for model in models:
+            if model.state.resident:
+                self.leaving.append(model)
+                self._mail.send_nowait(_Renew(model=model))
 
     # --- the task ---------------------------------------------------------------------------------
 
@@ -356,7 +392,8 @@ class Registry:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Start and stop models until cancelled."""
         for alias in self.config.system.preload_models:
-            self.models[alias].preload = True
+            for model in (self.models[alias], *self.models[alias].replicas):
+                model.preload = True
         async with trio.open_nursery() as nursery:
             task_status.started()
             self.look()
@@ -380,6 +417,7 @@ class Registry:
                 again = self._do(nursery, self._decide())
 
     def _decide(self) -> Decision:
+        wish_for(self.models.values())
         return decide(self.snapshot())
 
     def snapshot(self, also: Model | None = None) -> Snapshot:
@@ -403,8 +441,9 @@ class Registry:
         return plan_for(self, ticket)
 
     def _all(self) -> list[Model]:
-        """Every model that may hold memory; no two have the same alias."""
-        return [*self.models.values(), *self.leaving]
+        """Every model that may hold memory, replicas too; no two have the same alias."""
+        replicas = [replica for model in self.models.values() for replica in model.replicas]
+        return [*self.models.values(), *replicas, *self.leaving]
 
     def _do(self, nursery: trio.Nursery, decision: Decision) -> float:
         models = {model.alias: model for model in self._all()}
@@ -430,6 +469,7 @@ class Registry:
             self._someone_waits = decision.someone_waits
             for model in models.values():
                 model.scheduler.contended = decision.someone_waits
+        say_whether_they_grow(self.models.values())
         return decision.look_again_at
 
     def _start(self, nursery: trio.Nursery, model: Model) -> None:

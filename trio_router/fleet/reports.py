@@ -73,7 +73,8 @@ def _health(model: Model, summary: Summary) -> dict[str, Any]:
 def vram_report(registry: Registry, devices: Snapshot) -> dict[str, Any]:
     """GET /vram. `unavailable` without a GPU that tells its memory; everything else is there all the same."""
     gpu = gpu_numbers(devices.devices)
-    resident = [model for model in registry.models.values() if model.state.resident]
+    everyone = [one for model in registry.models.values() for one in (model, *model.replicas)]
+    resident = [model for model in everyone if model.state.resident]
     free = _free_for_another(resident, devices.devices)
     return {
         "status": vram_status(devices.devices),

@@ -82,6 +82,12 @@ class Scheduler:
     """Called when somebody begins or ceases to wait while there is no backend."""
     rest: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when the model becomes idle."""
+    leader: "Scheduler | None" = None
+    """Whose queue our slots serve; None: our own."""
+    followers: list["Scheduler"] = attrs.field(factory=list)
+    """Those whose slots serve our queue besides ours."""
+    grows: bool = False
+    """Whether there may be another follower, if somebody waits: `demand` is called then."""
     contended: bool = False
     """Whether another model waits for a place: `demand` is called whenever others wait here, or fewer run."""
     changed: Callable[[], None] = attrs.field(default=lambda: None)
@@ -109,7 +115,7 @@ class Scheduler:
     @property
     def chooses(self) -> bool:
         """Whether it matters which slot a request gets."""
-        return self.cache_affinity and 1 < self.slots <= MOST_SLOTS
+        return self.cache_affinity and 1 < self.slots * (1 + len(self.followers)) <= MOST_SLOTS
 
     @property
     def idle(self) -> bool:
@@ -119,11 +125,12 @@ class Scheduler:
     def statistics(self) -> SchedulerStatistics:
         """A snapshot, for status, metrics and tests."""
         high, normal, low = (self._ranks[priority].waiting for priority in Priority)
+        followers = [follower.statistics() for follower in self.followers]
         return SchedulerStatistics(
             waiting=self.waiting,
             waiting_by_priority=(high, normal, low),
-            active=self.active,
-            free=len(self._free) + len(self._aside),
+            active=self.active + sum(each.active for each in followers),
+            free=len(self._free) + len(self._aside) + sum(each.free for each in followers),
         )
 
     def head(self) -> Head | None:
@@ -145,6 +152,10 @@ class Scheduler:
         *Cancellation.* Leaves nothing behind. A free slot is taken without a checkpoint. A waiter that was given a slot
         and is cancelled before it runs has it still: it ends at its next await.
         """
+        if self.followers and not self.waiting and not ticket.alone:
+            lender = self._lender(ticket)
+            if lender is not None:
+                return lender._grant(ticket, lender._take(ticket))  # noqa: SLF001  (another of us)
         if self._free and (not ticket.alone or not self._busy):  # and so nobody waits
             return self._grant(ticket, self._take(ticket))
         if not ticket.requeued:
@@ -160,7 +171,7 @@ class Scheduler:
         if ticket.waits is not None:
             ticket.waits()
         self.changed()
-        if self.backend is None or self.contended:
+        if self.backend is None or self.contended or self.grows:
             self.demand()
         self._set_aside()
         with trio.CancelScope(deadline=ticket.deadline):
@@ -217,10 +228,12 @@ class Scheduler:
 
     def expected_wait(self, ahead: int) -> float | None:
         """The same as long as nobody comes who goes first."""
-        backend = self.backend
-        if backend is None:
+        backends = [each.backend for each in (self, *self.followers) if each.backend is not None]
+        if not backends:
             return expected_wait(self.pace, ahead=ahead, slots=self.slots, elapsed=(), opens_in=self.opens_in())
-        return expected_wait(self.pace, ahead=ahead, slots=len(backend.slots), elapsed=self._elapsed(), opens_in=0.0)
+        slots = sum(len(backend.slots) for backend in backends)
+        elapsed = sum((each._elapsed() for each in self.followers), self._elapsed())  # noqa: SLF001  (others of us)
+        return expected_wait(self.pace, ahead=ahead, slots=slots, elapsed=elapsed, opens_in=0.0)
 
     def drained_in(self) -> float | None:
         """Seconds until all that run are done; None: too little was measured."""
@@ -235,7 +248,7 @@ class Scheduler:
     @property
     def has_slot(self) -> bool:
         """Whether a request that comes now has a slot at once."""
-        return bool(self._free)
+        return bool(self._free) or any(follower.has_slot for follower in self.followers)
 
     @property
     def room(self) -> int:
@@ -317,6 +330,15 @@ class Scheduler:
 
     # --- the mechanism ----------------------------------------------------------------------------
 
+    def _lender(self, ticket: Ticket) -> "Scheduler | None":
+        """Who has the slot that suits a request best: the one it goes on in, else one of who has most of them."""
+        able = {each: each._free for each in (self, *self.followers) if each._free}  # noqa: SLF001  (others of us)
+        if not able or ticket.conversation is None:
+            return max(able, key=lambda each: len(able[each]), default=None)
+        free = [slot for slots in able.values() for slot in slots]
+        chosen = free[choose(free, ticket.conversation)]
+        return next(each for each, slots in able.items() if chosen in slots)
+
     def _take(self, ticket: Ticket) -> Slot:
         """A free slot, if there is a choice the one that suits the request."""
         conversation = ticket.conversation
@@ -368,12 +390,15 @@ class Scheduler:
 
     def _dispatch(self) -> None:
         """Hand free slots to those who are next."""
-        while self._free and self.waiting:
-            rank = min(self._ranks.values(), key=Rank.key)
+        queue = self.leader or self
+        while self._free and queue.waiting:
+            rank = min(queue._ranks.values(), key=Rank.key)  # noqa: SLF001  (another of us)
             waiter = rank.next()
+            if waiter.ticket.alone and queue is not self:
+                return  # the leader's are for who is to be alone
             if waiter.ticket.alone and self._busy:
                 self._set_aside()
                 return
             rank.now = max(rank.now, waiter.ticket.turn)
-            self._dequeue(waiter)
+            queue._dequeue(waiter)  # noqa: SLF001  (another of us)
             trio.lowlevel.reschedule(waiter.task, outcome.Value(self._grant(waiter.ticket, self._take(waiter.ticket))))

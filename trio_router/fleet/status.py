@@ -96,6 +96,22 @@ def status(model: Model) -> dict[str, Any]:
         "fitted": list(supervisor.weighing.said.fitted),
         "vram_source": None if model.footprint is None else model.footprint.trust.value,
         "load_duration_sec": supervisor.load_seconds,
+        "replicas": [_replica(replica) for replica in model.replicas],
+    }
+
+
+def _replica(model: Model) -> dict[str, Any]:
+    """What is its own; the queue and the rest are the model's that it serves."""
+    held = model.device_bytes()
+    return {
+        "name": model.alias,
+        "status": model.state.value,
+        "pid": model.supervisor.pid,
+        "incarnation": model.supervisor.incarnation,
+        "active": model.scheduler.active,
+        "vram_used_mb": round(sum(held.values()) / MIB) if held else None,
+        "load_progress": model.load_progress,
+        "error_message": model.supervisor.error,
     }
 
 

@@ -153,7 +153,8 @@ class Metrics:
             self._finished(event)
 
     def _model(self, alias: str | None) -> str:
-        return alias if alias in self._aliases and alias is not None else UNKNOWN
+        model = "" if alias is None else alias.partition("#")[0]  # a replica counts as what it serves
+        return model if model in self._aliases else UNKNOWN
 
     def _endpoint(self, path: str) -> str:
         bare = path.rstrip("/")

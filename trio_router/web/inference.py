@@ -227,9 +227,10 @@ class Exchange:
         """What a request gets whose body we read: a slot that suits it, word while it waits, a llama-server that stops."""
         if self.registry.config.system.stop_at_once:
             outgoing.stoppable = Stoppable.of(self.asked.path, self.body, stream=self._stream)
-        if self.registry.models[ticket.alias].scheduler.chooses:
+        scheduler = self.registry.models[ticket.alias].scheduler
+        if scheduler.chooses:
             ticket.conversation = talk.conversation(self.asked.session)
-            outgoing.pinned = ticket.conversation is not None
+            outgoing.pinned = ticket.conversation is not None and scheduler.slots > 1
         if self._stream and self.say is not None:
             ticket.waits = self._attend
 
