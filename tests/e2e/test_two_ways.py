@@ -21,7 +21,15 @@ pytestmark = pytest.mark.e2e
 FLAGS = ["-c", "2048", "-np", "1", "-t", "1"]
 QUART = {"TE": "trailers"}
 """Any header that asks for more than the plain case."""
-OURS = {"content-length", "x-request-id", "x-queue-time-ms", "x-queue-position", "x-accel-buffering", "cache-control"}
+OURS = {
+    "content-length",
+    "x-request-id",
+    "request-id",
+    "x-queue-time-ms",
+    "x-queue-position",
+    "x-accel-buffering",
+    "cache-control",
+}
 THEIRS = {"server", "keep-alive", "date", "connection", "access-control-allow-origin"}
 """Of llama-server's headers: hop-by-hop, or its own opinion on web pages."""
 CLOCK = re.compile(
@@ -113,6 +121,15 @@ MESSAGES = [{"role": "user", "content": "Name three colours."}]
         ("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 8, "stream": True, "logprobs": 2}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 6}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 6, "stream": True}),
+        ("/completion", {"prompt": "Once", "n_predict": 3, "n_probs": 2, "stream": True}),
+        (
+            "/completion",
+            {"prompt": "Once", "n_predict": 2, "response_fields": ["content", "generation_settings/top_k"]},
+        ),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 9, "response_format": {"type": "json_object"}}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "grammar": "root ::= (", "stream": True}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 3}),
+        ("/v1/messages/count_tokens", {"messages": MESSAGES}),
         ("/tokenize", {"content": "Hello, wörld", "with_pieces": True}),
         ("/detokenize", {"tokens": [1, 2, 3]}),
         ("/apply-template", {"messages": MESSAGES}),
