@@ -45,7 +45,7 @@ def told(sock: socket.socket) -> list[str]:
 def model(**facts: Any) -> ModelFacts:
     default = {
         "alias": "qwen", "state": "ready", "slots_busy": 1, "slots_idle": 3, "waiting": 2,
-        "waiting_by_priority": {}, "device_bytes": {}, "vram_bytes": 0,
+        "waiting_by_priority": {}, "device_bytes": {}, "reserved_bytes": {}, "vram_bytes": 0,
     }  # fmt: skip
     return ModelFacts(**{**default, **facts})
 

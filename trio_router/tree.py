@@ -3,12 +3,12 @@
     root nursery
     |- signals                      SIGTERM, SIGINT: drain; a second one: cancel. SIGHUP: another configuration
     |- events.run                   tells sinks of requests that ended
+    |- devices.run                  NVML samples
+    |- footprints.run               learns what models need; footprints.fill reads their files, also after a reload
     |- registry.run                 the only task that starts and stops models
     |  |- supervisor[qwen-7b]       child nursery: llama-server, its log, its health
     |  `- supervisor[...]
-    |- devices.run                  NVML samples
     |- notifier.run                 systemd's watchdog, if it is there
-    |- footprints.run               learns what models need; footprints.fill reads their files, also after a reload
     |- streams.run                  heartbeats and numbers for those who watch
     |- keeper.run                   comments for streams that wait
     `- listener                     last to start
@@ -36,6 +36,7 @@ from hypercorn.app_wrappers import ASGIWrapper
 
 from trio_router import __version__
 from trio_router.backend.address import private_folder
+from trio_router.backend.binding import Binding
 from trio_router.backend.launch import Launcher
 from trio_router.backend.reaper import reaping
 from trio_router.config import LlamaServer
@@ -111,7 +112,7 @@ async def serve(
     """The root; `requests` is told of those that ended. Returns the exit status."""
     events = Events()
     devices = DeviceMonitor(gpu_devices=config.system.gpu_devices)
-    launcher = attrs.evolve(launcher, gpu=lambda: bool(devices.snapshot.devices))
+    launcher = attrs.evolve(launcher, gpu=lambda: bool(devices.snapshot.devices), binding=Binding(devices))
     registry = Registry.of(config, launcher, events, devices)
     learned = Learned(config.system.state_dir or default_folder(os.environ))
     footprints = Footprints(registry=registry, launcher=launcher, devices=devices, learned=learned)
@@ -149,10 +150,11 @@ async def serve(
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         async with trio.open_nursery() as root:
             await root.start(events.run)
-            await root.start(registry.run)
             await root.start(devices.run)
+            await launcher.prepare()
             await root.start(footprints.fill)
             await root.start(footprints.run)
+            await root.start(registry.run)  # after what it decides by
             await root.start(streams.run)
             await root.start(keeper.run)
             await root.start(notifier.run, registry.facts)

@@ -10,6 +10,7 @@ from trio_router.backend.address import Address
 from trio_router.backend.launch import Launcher, LaunchFailed, child_environment
 from trio_router.config import LlamaServer
 from trio_router.config.schema import BackendTransport, ModelConfig
+from trio_router.memory.room import Spot
 
 SOCKET = Address(path="/run/x/3-7.sock")
 PORT = Address(port=4711, key="the-key")
@@ -102,18 +103,18 @@ def test_a_model_that_cannot_be_read_starts_nothing(tmp_path, content, why):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(LaunchFailed, match=why):
-        launcher(tmp_path, server="/nowhere").launch(model(file=file), 0, 1)
+        launcher(tmp_path, server="/nowhere").launch(model(file=file), 0, 1, Spot())
 
 
 def test_a_folder_whose_path_is_too_long(tmp_path, gguf):
     with pytest.raises(LaunchFailed, match=r"cannot start .*longer than 107 bytes"):
-        launcher(tmp_path / ("d" * 120)).launch(model(file=gguf), 0, 1)
+        launcher(tmp_path / ("d" * 120)).launch(model(file=gguf), 0, 1, Spot())
 
 
 def test_a_command_line_that_the_kernel_refuses(tmp_path, sockets, gguf):
     before = descriptors()
     with pytest.raises(LaunchFailed, match="Argument list too long"):
-        launcher(sockets).launch(model("x" * 3_000_000, file=gguf), 0, 1)
+        launcher(sockets).launch(model("x" * 3_000_000, file=gguf), 0, 1, Spot())
     assert descriptors() == before
 
 
@@ -127,7 +128,7 @@ async def test_what_a_real_child_was_given(sockets, gguf, monkeypatch, transport
     monkeypatch.setenv("API_KEY", "very-secret")
     made = launcher(sockets, server=str(server), transport=transport)
     made = attrs.evolve(made, server=LlamaServer(path=server, environment={"FROM_WHEEL": "yes"}))
-    process, address = made.launch(model("--flag", "", "two words", file=gguf), 3, 7)
+    process, address = made.launch(model("--flag", "", "two words", file=gguf), 3, 7, Spot())
     await process.wait()
     await process.stop_within(0)
     await process.read_log_until_stopped("qwen")

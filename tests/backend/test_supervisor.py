@@ -37,6 +37,8 @@ pytestmark = pytest.mark.process
 class Gate:
     """What the supervisor told its model's queue."""
 
+    tries: int = 0
+    """How often a load that failed for memory is tried again."""
     record: list[str] = attrs.field(factory=list)
     refusals: list[RouterError] = attrs.field(factory=list)
     backends: list[Backend] = attrs.field(factory=list)
@@ -58,6 +60,10 @@ class Gate:
     def refused(self, error: RouterError) -> None:
         self.refusals.append(error)
         self._note("refused")
+
+    async def out_of_memory(self) -> bool:
+        self._note("out of memory")
+        return self.record.count("out of memory") <= self.tries
 
     async def until(self, what: str, count: int = 1) -> None:
         with trio.fail_after(10):
@@ -346,3 +352,24 @@ async def test_props_that_are_nonsense_hurt_nobody(stage, fake_llama, monkeypatc
         await trio.sleep(0.02)
         assert on.supervisor.context is None
         assert on.supervisor.state is State.READY
+
+
+async def test_out_of_memory_is_a_case_of_its_own(stage, fake_llama):
+    """It leaves memory to be placed anew as often as the gate says so; then it has failed, however many tries are left."""
+    on = stage(fake_llama, "--fake-oom", attempts=5)
+    on.gate.tries = 2
+    for _ in range(2):
+        await on.run()
+        assert on.supervisor.state is State.OFF
+        assert "out of memory" in on.supervisor.error
+    assert on.gate.refusals == []
+    await on.run()
+    assert on.supervisor.state is State.FAILED
+    assert on.gate.record == ["out of memory", "out of memory", "out of memory", "refused"]
+    assert "out of memory" in on.gate.refusals[0].message
+
+
+async def test_another_failure_is_not(stage, fake_llama):
+    on = stage(fake_llama, "--fake-exit-at-start", "1", "--fake-words", "error: unknown model architecture", attempts=2)
+    await on.run()
+    assert on.gate.record == ["refused"]

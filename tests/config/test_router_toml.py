@@ -12,7 +12,15 @@ from trio_router.config.schema import DERIVED
 
 FILE = Path(__file__).parents[2] / "router.toml"
 COMMENTED_KEY = re.compile(r"^# (?=[a-z_]+ = )", re.MULTILINE)
-EXAMPLES = {"default_model", "min_turn_sec", "allowed_hosts", "llama_server_path", "base_models_path", "state_dir"}
+EXAMPLES = {
+    "default_model",
+    "min_turn_sec",
+    "allowed_hosts",
+    "llama_server_path",
+    "base_models_path",
+    "state_dir",
+    "ram_budget_mb",
+}
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from trio_router.backend.health import Health
 from trio_router.backend.launch import LaunchFailed
 from trio_router.backend.logtail import LogTail
 from trio_router.config.schema import ModelConfig
+from trio_router.memory.room import Spot
 
 NEVER = math.inf
 """Seconds."""
@@ -136,6 +137,8 @@ class FakeServers:
     alive: dict[str, FakeServer] = attrs.field(factory=dict)
     most_alive: int = 0
     launches: Counter[str] = attrs.field(factory=Counter)
+    spots: dict[str, Spot] = attrs.field(factory=dict)
+    """Where each was launched last."""
     jitters: list[tuple[float, float]] = attrs.field(factory=list)
     jitter: float = 1.0
     """What `random.uniform` returns."""
@@ -144,7 +147,8 @@ class FakeServers:
         """That of a model, to be changed."""
         return self.plans.setdefault(alias, Plan())
 
-    def launch(self, model: ModelConfig, number: int, incarnation: int) -> tuple[FakeServer, Address]:
+    def launch(self, model: ModelConfig, number: int, incarnation: int, spot: Spot) -> tuple[FakeServer, Address]:
+        self.spots[model.alias] = spot
         self.launches[model.alias] += 1
         plan = attrs.evolve(self.plan(model.alias))
         if plan.refused is not None:

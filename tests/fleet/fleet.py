@@ -14,14 +14,18 @@ from trio_router.errors import RouterError
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.scheduler import IDLE, Lease, Priority
+from trio_router.memory.devices import DeviceMonitor
+from trio_router.memory.host import HostMemory
 from trio_router.telemetry.events import Event, Events, ModelChanged, Unloaded
 
 HIGH, NORMAL, LOW = Priority
 DEADLOCK_SECONDS = 1_000_000
 
 
-def registry_of(servers: FakeServers, models: dict[str, int], **system) -> Registry:
-    """A registry of models with so many slots each."""
+def registry_of(
+    servers: FakeServers, models: dict[str, int], devices: DeviceMonitor | None = None, **system
+) -> Registry:
+    """A registry of models with so many slots each; the host's memory has no bound."""
     config = RouterConfig(
         path=Path("router.toml"),
         api=ApiConfig(),
@@ -31,7 +35,9 @@ def registry_of(servers: FakeServers, models: dict[str, int], **system) -> Regis
             for alias, slots in models.items()
         },
     )
-    return Registry.of(config, servers, Events())
+    registry = Registry.of(config, servers, Events(), devices)
+    registry.host = HostMemory(read=lambda: None)
+    return registry
 
 
 @attrs.define(eq=False, repr=False)
@@ -115,9 +121,11 @@ class Fleet:
 
 
 @asynccontextmanager
-async def running(servers: FakeServers, models: dict[str, int] | None = None, **system) -> AsyncIterator[Fleet]:
+async def running(
+    servers: FakeServers, models: dict[str, int] | None = None, devices: DeviceMonitor | None = None, **system
+) -> AsyncIterator[Fleet]:
     """A fleet that runs; its end is that of `Registry.run`, by cancellation, and leaves nothing."""
-    registry = registry_of(servers, models or {"a": 1, "b": 1, "c": 1}, **system)
+    registry = registry_of(servers, models or {"a": 1, "b": 1, "c": 1}, devices, **system)
     # the clock jumps to the bound as soon as everything waits for ever
     with servers.installed(), trio.fail_after(DEADLOCK_SECONDS):
         async with trio.open_nursery() as run:

@@ -45,8 +45,8 @@ class Servers(FakeServers):
     driver: int = 50
     server: LlamaServer = attrs.field(factory=lambda: LlamaServer(path=Path("/nowhere/llama-server")))
 
-    def launch(self, model: ModelConfig, number: int, incarnation: int):
-        process, address = super().launch(model, number, incarnation)
+    def launch(self, model: ModelConfig, *args):
+        process, address = super().launch(model, *args)
         self.gpu.used += self.takes.get(model.alias, 0) * MIB
         self.gpu.compute.append((process.pid, None))
         return process, address

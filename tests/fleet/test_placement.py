@@ -17,7 +17,6 @@ from trio_router.fleet.placement import (
     Start,
     _claim,
     _urgency,
-    _without_promised,
     decide,
 )
 from trio_router.fleet.turns import Head, TurnRules, due
@@ -249,9 +248,9 @@ def test_7_the_first_end_of_a_turn_is_looked_at_again() -> None:
         model("b", READY, active=1, ready_at=NOW - 1, load_seconds=10.0),
         model("c", OFF, head=head(900.0)),
     ]
-    assert decided(*models, places=2) == Decision(look_again_at=NOW + 39, someone_waits=True)
+    assert decided(*models, places=2) == Decision(look_again_at=NOW + 9, someone_waits=True)
     later = attrs.evolve(models[2], head=head(901.0))
-    assert decided(*models[:2], later, places=2).look_again_at == NOW + 39
+    assert decided(*models[:2], later, places=2).look_again_at == NOW + 9
 
 
 # --- 6, again: busy ones ---------------------------------------------------------------------------------
@@ -403,6 +402,15 @@ def test_no_more_leave_than_room_is_wanted(snapshot: Snapshot) -> None:
     without = [one for one in snapshot.models if one.wanted and one.alias not in started]
     assert len(evicted) <= sum(wished(one) for one in without)
     assert decision.someone_waits == bool(without)
+
+
+def _without_promised(waiting: list[ModelSnapshot], leaving: list[ModelSnapshot]) -> list[ModelSnapshot]:
+    """Those for whom somebody has to make room: no place is about to be free for them, and it is no preload."""
+    aliases = {model.alias for model in waiting}
+    promised = {model.heir for model in leaving if model.heir in aliases}
+    others = len(leaving) - len(promised)
+    left = [model for model in waiting if model.alias not in promised]
+    return [model for model in left[others:] if model.head is not None or model.asked]
 
 
 @EXAMPLES

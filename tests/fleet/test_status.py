@@ -34,6 +34,9 @@ async def test_a_model_that_is_off(servers: FakeServers, autojump_clock: MockClo
             "port": None,
             "vram_mb": None,
             "vram_used_mb": None,
+            "reserved_mb": {},
+            "adjusted": [],
+            "pinned": False,
             "load_progress": None,
             "started_at": None,
             "last_used_at": None,
@@ -45,11 +48,11 @@ async def test_a_model_that_is_off(servers: FakeServers, autojump_clock: MockClo
             "queued": 0,
             "queued_by_priority": {"high": 0, "normal": 0, "low": 0},
             "n_ctx": None,
-            "load_duration_sec": None,
-            "replicas": [],
             "gpu_layers": None,
             "fitted": [],
             "vram_source": None,
+            "load_duration_sec": None,
+            "replicas": [],
         }
         entry = listed(fleet.registry, "a")
         assert abs(entry.pop("created") - datetime.now(UTC).timestamp()) < 60

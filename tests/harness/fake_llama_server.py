@@ -13,6 +13,7 @@ Faults of the process
   --fake-exit-at-start-while FILE   the same with 1, while FILE exists
   --fake-words TEXT          the words that --fake-exit-at-start says
   --fake-oom                 die at the start as llama.cpp does when the device's memory is short
+  --fake-oom-above N         the same with a context (`-c`) of more than N
   --fake-fail-first N, --fake-state FILE   die at the start the first N times; FILE counts
   --fake-never-ready         503 for ever
   --fake-exit-after-ready S  exit 1, S seconds after being ready
@@ -120,6 +121,7 @@ class Options:
     def __init__(self, arguments):
         self.host, self.port, self.model, self.alias, self.slots = "127.0.0.1", 8080, "", "", 1
         self.embedding = False
+        self.context = 0
         self.faults = {}
         position = 0
         while position < len(arguments):
@@ -139,6 +141,8 @@ class Options:
                 self.model = value
             elif name in {"-a", "--alias"}:
                 self.alias = value
+            elif name in {"-c", "--ctx-size"}:
+                self.context = int(value)
             elif name in {"-np", "--parallel"}:
                 self.slots = int(value)
             elif name in {"--embedding", "--embeddings"}:
@@ -346,7 +350,8 @@ class Server:
             if count <= int(fail_first):
                 self.say(f"E srv  llama_server: start {count} fails on purpose")
                 os._exit(1)
-        if options.fault("--fake-oom"):
+        bound = options.fault("--fake-oom-above")
+        if options.fault("--fake-oom") or (bound is not None and options.context > int(bound)):
             self.say(
                 "E ggml_backend_cuda_buffer_type_alloc_buffer: allocating 9216.00 MiB on device 0: cudaMalloc failed: out of memory"
             )

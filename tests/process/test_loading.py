@@ -201,8 +201,22 @@ def test_reset(start_router: StartRouter, record: Record) -> None:
     assert router.get("/v1/models/failed").json() == {"failed_models": [], "message": "No failed models"}
 
 
-def test_out_of_memory_says_so(start_router: StartRouter) -> None:
-    failed(start_router(qwen=["--fake-oom"], system=ONE_TRY).chat("qwen"), "out of memory")
+def test_out_of_memory_says_so(start_router: StartRouter, record: Record) -> None:
+    failed(start_router(qwen=["--fake-oom", *record.flags]).chat("qwen"), "out of memory")
+    assert len(record.lines("spawned")) == 2, "once more after others could make room, and no more"
+
+
+def test_out_of_memory_with_a_smaller_context(start_router: StartRouter, header_gguf: Path) -> None:
+    model = {"model_path": header_gguf, "flags": ["-c", "8192", "--fake-oom-above", "2048"]}
+    router = start_router(qwen={**model, "on_oom": ["smaller_context", "smaller_context"]}, system=ONE_TRY)
+    assert router.chat("qwen").status_code == 200
+    status = router.status("qwen")
+    assert status["adjusted"] == ["smaller_context: 8192 -> 4096 tokens", "smaller_context: 4096 -> 2048 tokens"]
+    assert (status["status"], status["error_message"] is not None) == ("ready", True)
+    router.post("/v1/models/eject", {"model": "qwen"})
+    assert router.status("qwen")["adjusted"] == []
+    router.chat("qwen")
+    assert len(router.status("qwen")["adjusted"]) == 2
 
 
 def test_load_timeout(start_router: StartRouter) -> None:

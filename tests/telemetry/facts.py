@@ -48,6 +48,7 @@ def model(alias: str = "qwen", **facts: Any) -> ModelFacts:
         "waiting": 0,
         "waiting_by_priority": {"high": 0, "normal": 0, "low": 0},
         "device_bytes": {},
+        "reserved_bytes": {},
         "vram_bytes": 0,
     }
     return ModelFacts(alias=alias, **{**given, **facts})

@@ -44,6 +44,7 @@ FAMILIES = {
     "router_model_state": "gauge",
     "router_model_vram_bytes": "gauge",
     "router_model_device_memory_bytes": "gauge",
+    "router_model_reserved_bytes": "gauge",
     "router_device_memory_bytes": "gauge",
     "router_device_utilization_ratio": "gauge",
     "router_device_temperature_celsius": "gauge",

@@ -71,12 +71,12 @@ def footprint(gibibytes: float) -> Footprint:
 async def watched(servers: FakeServers, gpus: list[FakeGpu] | None = None, **system: Any) -> AsyncIterator[Watched]:
     nvml = FakeNvml(gpus or [])
     devices = DeviceMonitor(gpu_devices=tuple(range(len(nvml.gpus))), nvml=nvml, call=_inline)
-    async with running(servers, **system) as fleet:
+    async with running(servers, devices=devices, **system) as fleet:
         summary = Summary(fleet.registry.models, trio.current_time)
         metrics = Metrics(fleet.registry.models, (), version="1")
         fleet.registry.events.sinks += [summary, metrics]
         for model in fleet.registry.models.values():
-            model.devices, model.footprint = devices, footprint(20)
+            model.footprint = footprint(20)
         fleet.registry.enter("ready")
         await fleet.nursery.start(devices.run)
         app = QuartTrio("test")
@@ -164,13 +164,21 @@ async def test_vram_of_models(autojump_clock: MockClock, servers: FakeServers) -
         assert (first["load_duration_sec"], first["gpus"]) == (1.0, {"0": 16384})
         assert (second["vram_used_mb"], second["vram_source"]) == (20480, "projected")
         assert told["loaded_models_count"] == 1
-        assert told["estimated_free_for_new_model_mb"] == (50 - 20) * 1024  # b has its memory still to take
+        reserve = seen.fleet.registry.config.system.vram_reserve_mb
+        assert told["estimated_free_for_new_model_mb"] == (50 - 20) * 1024 - reserve  # b has its memory still to take
+        assert told["gpus"][0]["reserved_mb"] == 40 * 1024
+        assert told["gpus"][0]["free_for_new_model_mb"] == told["estimated_free_for_new_model_mb"]
+        assert first["reserved_mb"] == second["reserved_mb"] == {"0": 20 * 1024, "ram": 1024}
+        assert told["ram"] == {"reserved_mb": 2048, "free_for_new_model_mb": None}
         assert told["can_load_more"] is False  # two are as many as may
         metrics = samples(await seen.get("/metrics"))
         assert metrics["router_model_vram_bytes", "model=a"] == 16 * GIB
         assert metrics["router_model_device_memory_bytes", "device=0", "model=a"] == 16 * GIB
         assert metrics["router_model_vram_bytes", "model=b"] == 20 * GIB
         assert metrics["router_model_vram_bytes", "model=c"] == 0
+        assert metrics["router_model_reserved_bytes", "device=0", "model=b"] == 20 * GIB
+        assert metrics["router_model_reserved_bytes", "device=ram", "model=b"] == GIB
+        assert ("router_model_reserved_bytes", "device=0", "model=c") not in metrics
         assert metrics["router_device_memory_bytes", "device=0", "kind=used"] == 30 * GIB
         assert metrics["router_device_power_watts", "device=0"] == 312.5
 
@@ -194,6 +202,7 @@ async def test_footprint(autojump_clock: MockClock, servers: FakeServers) -> Non
             "host_mb": 1024,
             "total_mb": 21504,
             "vram_used_mb": None,
+            "reserved_mb": {},
             "parts": [
                 {"name": "weights", "bytes": 15 * GIB, "mb": 15360, "place": "gpu", "source": "header"},
                 {"name": "cache", "bytes": 5 * GIB, "mb": 5120, "place": "gpu", "source": "formula"},

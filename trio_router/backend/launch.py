@@ -8,11 +8,13 @@ from pathlib import Path
 import attrs
 
 from trio_router.backend.address import Address, tcp_address, unix_address
+from trio_router.backend.binding import Binding, split_flags
 from trio_router.backend.fit import PROJECTING, fit_environment
 from trio_router.backend.process import ServerProcess
 from trio_router.backend.reaper import Reaper
 from trio_router.config import LlamaServer, last_value, unusable_reason
 from trio_router.config.schema import BackendTransport, ModelConfig
+from trio_router.memory.room import Spot
 
 SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
 PARALLEL = ("-np", "--parallel")
@@ -47,9 +49,10 @@ class Launcher:
     reaper: Reaper | None = None
     gpu: Callable[[], bool] = lambda: False
     """Whether there is a GPU now."""
+    binding: Binding = attrs.field(factory=Binding)
 
-    def launch(self, model: ModelConfig, number: int, incarnation: int) -> tuple[ServerProcess, Address]:
-        """Start one for `model`, the `number`th of the configuration. Raises LaunchFailed."""
+    def launch(self, model: ModelConfig, number: int, incarnation: int, spot: Spot) -> tuple[ServerProcess, Address]:
+        """Start one for `model`, the `number`th of the configuration, at `spot`. Raises LaunchFailed."""
         if problem := unusable_reason(model):
             raise LaunchFailed(problem)
         try:
@@ -60,7 +63,9 @@ class Launcher:
                     address = tcp_address()
             environment = child_environment(os.environ, self.server.environment, address.key)
             environment |= fit_environment(model.flags, gpu=self.gpu())
-            return ServerProcess.spawn(self.command(model, address), environment, self.reaper), address
+            environment |= self.binding.environment(spot.devices or model.gpu or ())
+            command = [*self.command(model, address), *split_flags(spot)]
+            return ServerProcess.spawn(command, environment, self.reaper), address
         except OSError as error:
             raise LaunchFailed(f"cannot start {self.server.path}: {error.strerror or error}") from error
 
@@ -71,10 +76,15 @@ class Launcher:
         try:
             address = Address(path=str(self.folder / f"projection-{number}.sock"))
             environment = child_environment(os.environ, self.server.environment, None)
+            environment |= self.binding.environment(self.binding.first)
             command = [*self.command(model, address), *PROJECTING]
             return ServerProcess.spawn(command, environment, self.reaper), address
         except OSError as error:
             raise LaunchFailed(f"cannot start {self.server.path}: {error.strerror or error}") from error
+
+    async def prepare(self) -> None:
+        """Look once at what there is; after the GPUs were seen first."""
+        await self.binding.ask_vulkan(child_environment(os.environ, self.server.environment, None))
 
     def command(self, model: ModelConfig, address: Address) -> list[str]:
         """The command line: what the router owns, then the model's flags unchanged."""

@@ -41,10 +41,12 @@ from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.backend.lifecycle import Move, State, after
 from trio_router.backend.logtail import LogTail
 from trio_router.backend.process import ServerProcess
+from trio_router.backend.shortage import short_of_memory
 from trio_router.backend.stall import until_stalled
 from trio_router.backend.weighing import Weighing
 from trio_router.config.schema import ModelConfig, SystemConfig
 from trio_router.errors import LoadTimeout, ModelFailed, RouterError
+from trio_router.memory.room import Spot
 from trio_router.telemetry.events import (
     BackendExited,
     BackendRestarted,
@@ -85,6 +87,9 @@ class Gate(Protocol):
     def refused(self, error: RouterError) -> None:
         """Nobody who waits now will be served: tell them `error`."""
 
+    async def out_of_memory(self) -> bool:
+        """A load failed because memory is short: whether it is tried again, once there is room for it."""
+
 
 @attrs.frozen(kw_only=True)
 class SupervisorSettings:
@@ -121,6 +126,7 @@ class Ending:
     """One sentence, then the last lines of the log."""
     was_ready: bool
     timed_out: bool = False
+    short_of_memory: bool = False
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -136,6 +142,8 @@ class Supervisor:
     events: Events
 
     weighing: Weighing = attrs.field(init=False)
+    spot: Spot = attrs.field(factory=Spot)
+    """Where it is loaded: on which GPUs, and how much was reserved there."""
     state: State = State.OFF
     incarnation: int = 0
     backend: Backend | None = None
@@ -232,10 +240,7 @@ class Supervisor:
                 if self.told_to_stop():
                     return
                 ending = await self._live()
-                if self.told_to_stop():
-                    return
-                self._count(ending)
-                if self.state is State.FAILED:
+                if self.told_to_stop() or await self._is_over(ending):
                     return
                 await trio.sleep_until(self._not_before)
                 if self.told_to_stop():
@@ -248,6 +253,18 @@ class Supervisor:
                 if self.state is not State.STOPPING:
                     self.move(Move.STOP)
                 self.move(Move.GONE)
+
+    async def _is_over(self, ending: Ending) -> bool:
+        """Whether there is to be no successor: it has failed, or leaves memory to be loaded again where there is room."""
+        if ending.short_of_memory:
+            again = await self.gate.out_of_memory()
+            if again or self.told_to_stop():
+                self.error = ending.message
+                log.warning("out of memory", model=self.model.alias, again=again, error=ending.message)
+                return True
+            self.attempts = max(self.attempts, self.settings.max_load_attempts - 1)  # the same again is no use
+        self._count(ending)
+        return self.state is State.FAILED
 
     def _count(self, ending: Ending) -> None:
         """Decide what a death means: another try after a pause, or the end."""
@@ -297,7 +314,7 @@ class Supervisor:
         self.health = Health()
         self.started_at, self.ready_at = time.time(), None
         try:
-            process, address = self.launcher.launch(self.model, self.number, self.incarnation)
+            process, address = self.launcher.launch(self.model, self.number, self.incarnation, self.spot)
         except LaunchFailed as error:
             self.weighing.stopped()
             self.journal.append(f"--- {error} ---")
@@ -357,6 +374,7 @@ class Supervisor:
             message=f"{message}; its last words:\n{words}" if words else message,
             was_ready=was_ready,
             timed_out=timed_out,
+            short_of_memory=not was_ready and exited and short_of_memory(process.tail.lines),
         )
 
     async def _serve(self, life: trio.Nursery, process: ServerProcess, address: Address, spawned: float) -> str:

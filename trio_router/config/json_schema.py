@@ -17,7 +17,7 @@ from typing import Any, Final, Union, get_args, get_origin
 import attrs
 
 from trio_router.config.policies import ModelPolicy
-from trio_router.config.ranges import Each, Matching, Within
+from trio_router.config.ranges import ONE_OR_MORE, Each, Matching, Within
 from trio_router.config.schema import DERIVED, ApiConfig, KeyConfig, ModelConfig, SystemConfig
 
 NAMES: Final[dict[Any, dict[str, Any]]] = {
@@ -64,6 +64,8 @@ def _table(kind: type[attrs.AttrsInstance]) -> dict[str, Any]:
             continue
         # a key of the file is None only by being absent
         entry = _bounded(_type(_without_none(field.type)), field.validator)
+        if field.metadata == ONE_OR_MORE:
+            entry = {"anyOf": [entry["items"], entry]}
         if field.name in told:
             entry["description"] = told[field.name]
         default = _plain(field.default)

@@ -52,6 +52,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> RouterConfig:
     parallel = system.get("default_parallel", SystemConfig(base_models_path=base).default_parallel)
     models = {alias: report.model(alias, table, base, parallel) for alias, table in tables.items()}
     names = report.names(tables)
+    report.gpus(models.values(), system.get("gpu_devices", SystemConfig(base_models_path=base).gpu_devices))
     if "preload_models" in system:
         system["preload_models"] = report.preload(system["preload_models"], tables)
     if system.get("default_model") is not None:

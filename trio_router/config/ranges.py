@@ -8,6 +8,9 @@ import attrs
 
 from trio_router.errors import shown
 
+ONE_OR_MORE = {"one or more": True}
+"""Metadata of a field: a list whose only entry may stand without brackets."""
+
 
 class OutOfRange(ValueError):
     """Raised when a value has the right type and is still not allowed; `reason` is without the field's name."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 
 from trio_router.config.policies import ModelPolicy
-from trio_router.config.ranges import Each, Matching, Within
+from trio_router.config.ranges import ONE_OR_MORE, Each, Matching, Within
 
 DERIVED = {"derived": True}
 """Metadata of a field that is not a key of the file."""
@@ -91,12 +91,16 @@ class SystemConfig:
     aging_sec: float = attrs.field(default=30.0, validator=Within(above=0))
     """A waiting request moves up one priority for each of these it has waited."""
     min_turn_sec: float | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=0)))
-    """A model just loaded keeps its place this long while others wait for it; None: four times what its load took, at
-    least half a second."""
+    """A model just loaded keeps its place this long while others wait for it; None: as long as its load took, at least
+    half a second."""
     max_swap_wait_sec: float = attrs.field(default=30.0, validator=Within(above=0))
     """No request waits longer than this for another model's turn to end."""
     vram_multiplier: float = attrs.field(default=1.1, validator=Within(minimum=1))
     """Margin on the projected memory of a model that was never measured."""
+    vram_reserve_mb: int = attrs.field(default=256, validator=Within(minimum=0))
+    """Of each GPU's memory, MiB that no model is given."""
+    ram_budget_mb: int | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=1)))
+    """MiB of the host's memory that models may take together; None: 90 % of what is available."""
     health_interval_sec: float = attrs.field(default=30.0, validator=Within(above=0))
     """Pause between two health checks of a llama-server."""
     max_load_attempts: int = attrs.field(default=3, validator=Within(minimum=1))
@@ -115,6 +119,13 @@ class SystemConfig:
     """Answers requests that name no model of ours, or none; None: those are errors."""
     state_dir: Path | None = None
     """Where what was learned about memory is kept; None: $STATE_DIRECTORY, $XDG_STATE_HOME/trio-router, ~/.local/state."""
+
+
+class OomStep(enum.Enum):
+    """What may be changed in a model that memory is too short for."""
+
+    SMALLER_CONTEXT = "smaller_context"
+    FEWER_LAYERS = "fewer_layers"
 
 
 @attrs.frozen(kw_only=True)
@@ -138,6 +149,14 @@ class ModelConfig:
     """Parallel sequences: the flags' `--parallel`, else `system.default_parallel`."""
     policy: ModelPolicy = attrs.field(factory=ModelPolicy, metadata=DERIVED)
     """What is done to its requests; keys of the same table."""
+    gpu: tuple[int, ...] | None = attrs.field(
+        default=None, metadata=ONE_OR_MORE, validator=Each(Within(minimum=0), distinct=True)
+    )
+    """NVML indices of the GPUs it may be on, one or a list, out of `system.gpu_devices`; None: any of these."""
+    pinned: bool = False
+    """Whether it stays in memory once it is loaded: it makes no room for others, and is never idle for too long."""
+    on_oom: tuple[OomStep, ...] = ()
+    """What is changed, one by one, when memory was too short to load it even after others had made room."""
 
 
 class PriorityBound(enum.Enum):

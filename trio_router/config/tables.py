@@ -7,7 +7,7 @@ not hide the second.
 
 import difflib
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -144,6 +144,14 @@ class Report:
                     self.add(path, f"{said!r} is a name of model {whose[said]!r} already")
                 whose.setdefault(said, alias)
         return list(whose)
+
+    def gpus(self, models: Iterable[ModelConfig | None], devices: Collection[int]) -> None:
+        """Models are on GPUs that the router may use."""
+        known = f"system.gpu_devices has {', '.join(map(str, devices)) or 'none'}"
+        for model in filter(None, models):
+            for gpu in model.gpu or ():
+                if gpu not in devices:
+                    self.add(("models", model.alias, "gpu"), f"{gpu} is no GPU of ours; {known}")
 
     def named(self, key: KeyPath, alias: str, models: Collection[str]) -> None:
         """A key whose value must be a model's alias."""

@@ -13,7 +13,7 @@ from typing import Any, cast, get_args, get_origin
 import attrs
 import cattrs
 
-from trio_router.config.ranges import OutOfRange
+from trio_router.config.ranges import ONE_OR_MORE, OutOfRange
 from trio_router.errors import shown
 
 
@@ -137,6 +137,8 @@ _CONVERTER = _strict_converter()
 
 def checked(field: "attrs.Attribute[Any]", value: object) -> Any:
     """`value` as the type of `field`, within its range. Raises Mismatch."""
+    if field.metadata == ONE_OR_MORE and type(value) is not list:
+        value = [value]
     typed = _CONVERTER.structure(value, cast("type[Any]", field.type))
     if field.validator is not None:
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from trio_router.fleet.placement import Decision, ModelSnapshot, Retire, Snapshot, Start, decide
+from trio_router.fleet.placement import Decision, ModelSnapshot, Refuse, Retire, Snapshot, Start, decide
 from trio_router.fleet.turns import Head
 
 MAX_STEPS = 64
@@ -27,7 +27,7 @@ class Plan:
     priority: str | None
     """None: for a model that was asked for by name, or a decision for all who wait for it."""
     outcome: str
-    """`run`, `queue`, `load`, `wait` (for a place), `never`; of decisions: `start`, `evict`, `yield`, `unload`."""
+    """`run`, `queue`, `load`, `wait` (for a place), `never`; of decisions: `start`, `evict`, `yield`, `unload`, `refuse`."""
     why: str
     at: float | None = None
     """Unix time of a decision."""
@@ -78,6 +78,8 @@ class Room:
     """Who leaves for it; empty if there is room."""
     seconds: float | None = None
     """Until that begins; None: not as things stand."""
+    refusal: Refuse | None = None
+    """Why it never gets one."""
 
 
 def room_for(snapshot: Snapshot, alias: str, head: Head) -> Room:
@@ -88,6 +90,9 @@ def room_for(snapshot: Snapshot, alias: str, head: Head) -> Room:
         decision = decide(attrs.evolve(snapshot, models=models, now=now))
         if any(isinstance(action, Start) and action.alias == alias for action in decision.actions):
             return Room(seconds=now - snapshot.now)
+        for action in decision.actions:
+            if isinstance(action, Refuse) and action.alias == alias:
+                return Room(refusal=action)
         if victims := _victims(decision, models, alias):
             return Room(evicts=victims, seconds=now - snapshot.now)
         if not snapshot.now <= decision.look_again_at < math.inf:

@@ -87,6 +87,7 @@ class Footprints:
         for model in self.registry.models.values():
             model.supervisor.weighing.scales = self.scales
             model.supervisor.weighing.told = partial(self._hear, model.alias)
+            model.weigh = self._read
         async with trio.open_nursery() as nursery:
             patience = await nursery.start(_wait, task_status)
             await self._fill()

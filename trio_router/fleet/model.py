@@ -6,7 +6,7 @@ as its gate, what there is for those who wait.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import attrs
 import trio
@@ -19,11 +19,16 @@ from trio_router.config.schema import ModelConfig
 from trio_router.errors import RouterError
 from trio_router.fleet.estimate import LoadPace
 from trio_router.fleet.placement import ModelSnapshot
+from trio_router.fleet.relief import Relief
 from trio_router.fleet.scheduler import Scheduler
 from trio_router.fleet.ticket import Priority
 from trio_router.fleet.turns import Head
-from trio_router.memory.devices import DeviceMonitor
+from trio_router.memory.devices import UNKNOWN, DeviceMonitor
+from trio_router.memory.devices import Snapshot as Devices
 from trio_router.memory.footprint import Footprint
+from trio_router.memory.ledger import Ledger
+from trio_router.memory.need import need_of
+from trio_router.memory.room import RAM, Need
 from trio_router.telemetry.events import Events, UnloadReason
 from trio_router.telemetry.facts import ModelFacts
 
@@ -65,6 +70,12 @@ class Model:
     """Why it cannot be."""
     devices: DeviceMonitor | None = None
     """Says what its llama-server holds, as far as the driver knows."""
+    ledger: Ledger = attrs.field(factory=Ledger)
+    """Knows what is reserved for it, and for the others."""
+    relief: Relief = attrs.field(factory=Relief)
+    """What is done for it when memory is too short."""
+    weigh: Callable[["Model"], Awaitable[None]] | None = None
+    """Finds out what it needs by its flags, when these are others."""
     last_used_at: float | None = None
     """The same as Unix time, for people."""
     created: int = attrs.field(factory=lambda: int(time.time()))
@@ -157,6 +168,26 @@ class Model:
         scheduler = self.scheduler
         return 0.0 if scheduler.idle else scheduler.expected_wait(scheduler.waiting + scheduler.slots - 1)
 
+    @property
+    def seen(self) -> Devices:
+        """What the GPUs showed last."""
+        return UNKNOWN if self.devices is None else self.devices.snapshot
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it stays whoever else wants room; replicas do not."""
+        return self.config.pinned and self.leader is None
+
+    def need(self) -> Need | None:
+        """Memory that it takes; None: not known."""
+        gpus = () if self.devices is None else self.devices.gpu_devices
+        return need_of(self.config, self.footprint, gpus, self.relief.factor(self.footprint))
+
+    def reserved(self) -> Mapping[int, int]:
+        """Bytes reserved for it by device; none when it is not in memory, or what it needs was not known."""
+        reservation = self.ledger.held.get(self.alias)
+        return {} if reservation is None else reservation.spot.bytes
+
     def facts(self) -> ModelFacts:
         """What a gauge may show."""
         queue = self.scheduler.statistics()
@@ -170,6 +201,7 @@ class Model:
             waiting=queue.waiting,
             waiting_by_priority=dict(zip(_LABELS, queue.waiting_by_priority, strict=True)),
             device_bytes=held,
+            reserved_bytes={"ram" if device == RAM else str(device): size for device, size in self.reserved().items()},
             vram_bytes=sum(held.values()) if held else projected,
         )
 
@@ -198,6 +230,10 @@ class Model:
             load_seconds=self.load_seconds or 0.0,
             last_used=self.last_used,
             keep_seconds=self.keep_seconds,
+            need=self.need() if self.state is State.OFF else None,
+            frees=self.reserved(),
+            pinned=self.pinned,
+            crowded=self.relief.crowded,
         )
 
     def renew(self) -> None:
@@ -245,12 +281,15 @@ class Model:
         if not self.was_ready:
             self.was_ready, self.ready_at = True, self.last_used
         self.kept = self.preload = False
+        self.ledger.ready(self.alias, trio.current_time())
+        self.relief.ready()
         self.scheduler.open(backend)
         self.settle()
         self.look()
 
     def closed(self, backend: Backend) -> None:
         backend.aboard = self.scheduler.active
+        self.ledger.reloading(self.alias, self.seen)
         if self.scheduler.backend is backend:
             self.scheduler.close()
             self.look()  # it yields no more, if it did: it can leave
@@ -259,6 +298,25 @@ class Model:
         self.scheduler.refuse(error)
         self.refuse_askers(error)
         self.look()
+
+    async def out_of_memory(self) -> bool:
+        changed = await self.relief.next(self.config, self.footprint)
+        if changed is None:
+            return False
+        if changed is not self.config:
+            self.config = self.supervisor.model = changed
+            if self.weigh is not None:
+                await self.weigh(self)
+        self.relief.again = True
+        return True
+
+    def gone(self) -> bool:
+        """Its llama-server is gone; whether only so that it is placed anew."""
+        again, self.relief.again = self.relief.again and self.retiring is None and self.pending is None, False
+        if not again and (own := self.relief.over()) is not None:
+            self.config = self.supervisor.model = own
+            self.footprint = None
+        return again
 
     def refuse_askers(self, error: RouterError) -> None:
         """Tell those who asked for it by name `error`; the queue is not concerned."""

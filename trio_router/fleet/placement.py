@@ -7,29 +7,40 @@ The cases, in order; the numbers stand beside the code that is their case:
 
 1. A load that nobody waits for any more, and that nobody asked for by name, is given up. (A model that was ready
    and is being restarted after a crash is not such a load: healing it needs nobody's wish.)
-2. Any other resident that was idle for the idle timeout, or for as long as its last request said, leaves.
+2. Any other resident that was idle for the idle timeout, or for as long as its last request said, leaves, unless it is
+   pinned.
 3. Models that are wanted and not resident are served in the order of their first waiter's key (priority, then
    arrival, with aging as in the queue). Models wanted only by the preload list come after all those, in the
    order of the file.
-4. While fewer models are resident than may be, the next wanted one is started. A model that is stopping still
-   holds its memory: it counts.
-5. Else, if a model is on its way out already for this one, or for nobody else who waits, the place it frees is this
-   one's: wait for it.
-6. Else a resident that has had its turn leaves, to make room (`turns.due`): if one of these is idle, then that of all
-   idle ones which was used least recently; else the one whose first waiter comes last. While requests run on it, it is
-   yielding to its heir: no new lease. If the heir gives up, or gets another place, it stays. Back in the order of
-   case 3 it stands behind those who got its place, unless it is wanted with higher priority than they had. Preloading
-   never makes another model leave.
-7. Else every resident has its turn: the request waits, and when the first of these turns ends is looked at again.
+4. While fewer models are resident than may be, the next wanted one is started, if there is memory for it: where
+   `memory.room` says. A model that is stopping still holds its memory: it counts.
+5. Else, if it could never be started, whatever else leaves by itself or is made to, those who wait are told at once:
+   it needs more memory than there can be, or pinned models have every place.
+6. Else, if a place and memory will be free without anybody else doing anything, wait for it: a model is on its way out
+   already for this one, or for nobody else who waits; or it left and its memory is not seen free yet.
+7. Else residents that have had their turn leave, to make room (`turns.due`): if one of these is idle, then of all idle
+   ones as few as are enough, those least missed (`fleet.eviction`); if these are too few, busy ones too, those first
+   whose first waiter comes last.
+   One whose load failed for memory has an idle one leave even where the numbers say that there is room.
+   While requests run on one, it is yielding to its heir: no new lease. If the heir gives up, or gets another place,
+   it stays. Back in the order of case 3, it stands behind those who got its place, unless it is wanted with higher
+   priority than they had. Pinned models stay. Preloading never makes another model leave.
+8. Else too many residents have their turn: the request waits, and when the first of these turns ends is looked at again.
+
+A model that waits (6 to 8) has a claim to the memory it needs: models that come after it in the order are started
+beside that, not from it.
 """
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import attrs
 
 from trio_router.backend.lifecycle import State
+from trio_router.fleet.eviction import Candidate, busy_missed, fewest, freed, idle_missed
 from trio_router.fleet.turns import Head, TurnRules, due
+from trio_router.memory.room import Need, Room, Shortage, Spot
 from trio_router.telemetry.events import UnloadReason
 
 
@@ -62,10 +73,18 @@ class ModelSnapshot:
     ready_at: float = -math.inf
     """When it became ready, the first time since."""
     load_seconds: float = 0.0
-    """What its load took, as far as is known."""
+    """What its load took, as far as is known; 0: it is not."""
     last_used: float = -math.inf
     keep_seconds: float | None = None
     """How long it may be idle; None: as long as any."""
+    need: Need | None = None
+    """Memory that it takes; None: not known, it counts by its place only."""
+    frees: Mapping[int, int] = attrs.field(factory=dict)
+    """What is free by device once it has left."""
+    pinned: bool = False
+    """Stays whoever else wants room."""
+    crowded: bool = False
+    """Memory was too short for it, whatever the numbers say: an idle model leaves before it is tried again."""
 
     @property
     def resident(self) -> bool:
@@ -94,6 +113,11 @@ class ModelSnapshot:
             and not self.preload
         )
 
+    @property
+    def wished(self) -> bool:
+        """Whether others may have to leave for it."""
+        return self.head is not None or self.asked
+
 
 @attrs.frozen(kw_only=True)
 class Snapshot:
@@ -106,13 +130,25 @@ class Snapshot:
     idle_timeout: float | None
     """Seconds; None: models do not leave by being idle."""
     turns: TurnRules = attrs.field(factory=TurnRules)
+    room: Room = attrs.field(factory=Room)
+    """Memory; by default there is no bound."""
 
 
 @attrs.frozen
 class Start:
-    """Load this model."""
+    """Load this model, there."""
 
     alias: str
+    spot: Spot = attrs.field(factory=Spot)
+
+
+@attrs.frozen
+class Refuse:
+    """Tell those who wait for this model that it can never be loaded."""
+
+    alias: str
+    shortage: Shortage | None
+    """None: pinned models have every place."""
 
 
 @attrs.frozen
@@ -131,13 +167,15 @@ class Retire:
 class Decision:
     """What to do now."""
 
-    actions: tuple[Start | Retire, ...] = ()
+    actions: tuple[Start | Retire | Refuse, ...] = ()
     yielding: Mapping[str, str] = attrs.Factory(dict)
     """Models that give no new lease from now on, and for whom; all others do."""
     look_again_at: float = math.inf
     """When the answer may change though nothing else happens."""
     someone_waits: bool = False
     """Whether a wanted model got no place: every model that becomes idle is then worth another look."""
+    memory_waits: bool = False
+    """Whether one of them waits for memory to be seen free."""
 
 
 def decide(snapshot: Snapshot) -> Decision:
@@ -155,10 +193,12 @@ def _leave(snapshot: Snapshot) -> tuple[dict[str, Retire], float]:
         timeout = usual if model.keep_seconds is None else model.keep_seconds
         if not model.idle:
             # busy now: it cannot have been idle for the timeout before this; one with a wish is looked at when it rests
-            if model.state is State.READY and model.keep_seconds is None:
+            if model.state is State.READY and model.keep_seconds is None and not model.pinned:
                 again = min(again, snapshot.now + timeout)
         elif not model.was_ready:
             leaving[model.alias] = Retire(model.alias, UnloadReason.ABANDONED)  # 1
+        elif model.pinned:
+            continue
         elif model.last_used + timeout <= snapshot.now:
             leaving[model.alias] = Retire(model.alias, UnloadReason.IDLE)  # 2
         else:
@@ -167,61 +207,207 @@ def _leave(snapshot: Snapshot) -> tuple[dict[str, Retire], float]:
 
 
 def _make_room(snapshot: Snapshot, leaving: dict[str, Retire], look_again_at: float) -> Decision:
-    """Cases 3 to 7: who is loaded, and who makes room for that."""
-    actions: list[Start | Retire] = list(leaving.values())
-    residents = [model for model in snapshot.models if model.resident]
-    places = max(0, snapshot.max_resident - len(residents))
+    """Cases 3 to 8: who is loaded, and who makes room for that."""
     wanted = sorted((model for model in snapshot.models if model.wanted), key=_urgency)  # 3
-    actions += [Start(model.alias) for model in wanted[:places]]  # 4
-    waiting = wanted[places:]
-    claims = _without_promised(waiting, [model for model in residents if model.leaving or model.alias in leaving])  # 5
-    stay = {model.alias: model for model in residents if not model.leaving and model.alias not in leaving}
-    heirs = {model.heir: model for model in stay.values() if model.yielding}
-    kept = {
-        model.alias: yields
-        for model in claims
-        if (yields := heirs.get(model.alias)) and due(yields, _claim(model), snapshot.turns) <= snapshot.now
-    }
-    for model in kept.values():
-        del stay[model.alias]
-    yielding: dict[str, str] = {}
-    for model in claims:
-        victim, again = kept.get(model.alias), math.inf
-        if victim is None:
-            victim, again = _victim(model, stay.values(), snapshot)
-        if victim is None:
-            look_again_at = min(look_again_at, again)  # 7
-            continue
-        stay.pop(victim.alias, None)
-        if victim.active and victim.serving:
-            yielding[victim.alias] = model.alias  # 6
+    plan = _Plan.of(snapshot, wanted, leaving)
+    for model in wanted:
+        plan.place(model)
+    return Decision(
+        actions=(*leaving.values(), *plan.actions),
+        yielding=plan.yielding,
+        look_again_at=min(look_again_at, plan.look_again_at),
+        someone_waits=plan.someone_waits,
+        memory_waits=plan.memory_waits,
+    )
+
+
+@attrs.define(kw_only=True)
+class _Plan:
+    """What is done now, and what is left for those who come later in the order."""
+
+    snapshot: Snapshot
+    free: int
+    """How many more models may be resident."""
+    promised: int
+    """How many more may once those have left that leave for nobody who waits."""
+    pinned: int
+    """How many places pinned models have."""
+    room: Room
+    stay: dict[str, ModelSnapshot]
+    """Those who may be made to leave, by alias."""
+    inherited: Mapping[str, Sequence[ModelSnapshot]]
+    """Those that leave for a model that waits, by its alias."""
+    kept: dict[str, Sequence[ModelSnapshot]]
+    """Those that yield to one already."""
+    actions: list[Start | Retire | Refuse] = attrs.field(factory=list)
+    yielding: dict[str, str] = attrs.field(factory=dict)
+    look_again_at: float = math.inf
+    someone_waits: bool = False
+    memory_waits: bool = False
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, wanted: Sequence[ModelSnapshot], retired: Mapping[str, Retire]) -> "_Plan":
+        residents = [model for model in snapshot.models if model.resident]
+        leaving = [model for model in residents if model.leaving or model.alias in retired]
+        stay = {model.alias: model for model in residents if not model.leaving and model.alias not in retired}
+        free = max(0, snapshot.max_resident - len(residents))
+        inherited: dict[str, list[ModelSnapshot]] = {model.alias: [] for model in wanted}
+        for model in leaving:
+            if model.heir in inherited:
+                inherited[model.heir].append(model)
+        room = snapshot.room.more(freed(model for model in leaving if model.alias in retired))
+        kept = _kept(snapshot, _without_place(wanted[free:], leaving), wanted, stay.values(), room)
+        taken = {model.alias for models in kept.values() for model in models}
+        theirs = freed(model for models in inherited.values() for model in models)
+        return cls(
+            snapshot=snapshot,
+            free=free,
+            promised=len(leaving) - sum(map(len, inherited.values())),
+            pinned=sum(model.pinned for model in stay.values()),
+            room=room.more({device: -size for device, size in theirs.items()}),
+            stay={alias: model for alias, model in stay.items() if not model.pinned and alias not in taken},
+            inherited=inherited,
+            kept=kept,
+        )
+
+    def place(self, model: ModelSnapshot) -> None:
+        """Decide about a model that is wanted."""
+        self._place(model)
+        # those that yield to it and need not do so any more may make room for others
+        self.stay |= {one.alias: one for one in self.kept.pop(model.alias, ()) if not one.pinned}
+
+    def _place(self, model: ModelSnapshot) -> None:
+        self.promised += len(self.inherited[model.alias])
+        self.room = self.room.more(freed(self.inherited[model.alias]))
+        spot = self.room.spot(model.need)
+        if model.crowded and model.wished and (idle := self._idle_victim()):
+            self._make_leave(idle, model)
+            self.room = self.room.less(self.room.spot_soon(model.need) or Spot())
+            self.someone_waits = True
+            self._take_place()
+            return  # 7
+        if self.free > 0 and spot is not None:
+            self.free -= 1
+            self.pinned += model.pinned
+            self.room = self.room.less(spot)
+            self.actions.append(Start(model.alias, spot))  # 4
+            return
+        shortage = self.room.never(model.need)
+        if shortage is not None or 0 < self.snapshot.max_resident <= self.pinned:
+            self.actions.append(Refuse(model.alias, shortage))  # 5
+            return
+        self.someone_waits = True
+        if self._has_place and (soon := self.room.spot_soon(model.need)) is not None:
+            if spot is None:
+                self.memory_waits, self.look_again_at = True, min(self.look_again_at, self.room.changes_at)
+            self.room = self.room.less(soon)  # 6
+        elif not model.wished:
+            return
+        elif (victims := self._victims(model)) is not None:
+            for victim in victims:
+                self._make_leave(victim, model)  # 7
+            self.room = self.room.less(self.room.spot_soon(model.need) or Spot())
         else:
-            reason = UnloadReason.EVICTED
-            actions.append(Retire(victim.alias, reason, heir=model.alias, behind=_behind(victim, model)))  # 6
-    return Decision(actions=tuple(actions), yielding=yielding, look_again_at=look_again_at, someone_waits=bool(waiting))
+            self.room = self.room.claimed(model.need)  # 8
+        self._take_place()
+
+    @property
+    def _has_place(self) -> bool:
+        return self.free > 0 or self.promised > 0
+
+    def _take_place(self) -> None:
+        """One of them, if there is any, for a model that waits."""
+        if self.free > 0:
+            self.free -= 1
+        elif self.promised > 0:
+            self.promised -= 1
+
+    def _victims(self, model: ModelSnapshot) -> Sequence[ModelSnapshot] | None:
+        """Who makes room for `model`; None when too few can, and it is looked at again when more can."""
+        claim, now = _claim(model), self.snapshot.now
+        already = self.kept.get(model.alias, ())
+        begun = freed(already)
+        when = [(due(one, claim, self.snapshot.turns), one) for one in self.stay.values()]
+        over = [one for time, one in when if time <= now]
+        idle = [one for one in self.stay.values() if one.idle] if any(one.idle for one in over) else []
+        # an idle one that was used later is not to go because its turn began before
+        for some in (idle, [*idle, *(one for one in over if not one.idle)]):
+            found = fewest(
+                [_candidate(one, now) for one in some],
+                partial(_fits, self.room.more(begun), model.need),
+                at_least=0 if self._has_place else max(0, 1 - len(already)),
+            )
+            if found is not None:
+                self.kept.pop(model.alias, None)
+                return [*already, *(self.stay[one.alias] for one in found)]
+        self.look_again_at = min(self.look_again_at, *(time for time, _ in when if time > now), math.inf)
+        return None
+
+    def _idle_victim(self) -> ModelSnapshot | None:
+        """Of those that are idle the one least missed."""
+        idle = [_candidate(one, self.snapshot.now) for one in self.stay.values() if one.idle]
+        least = min(idle, key=lambda one: (one.missed, one.last_used), default=None)
+        return None if least is None else self.stay[least.alias]
+
+    def _make_leave(self, victim: ModelSnapshot, heir: ModelSnapshot) -> None:
+        self.stay.pop(victim.alias, None)
+        self.promised += 1
+        self.room = self.room.more(victim.frees)
+        if victim.active and victim.serving:
+            self.yielding[victim.alias] = heir.alias
+        else:
+            behind = _behind(victim, heir)
+            self.actions.append(Retire(victim.alias, UnloadReason.EVICTED, heir=heir.alias, behind=behind))
 
 
-def _without_promised(waiting: Sequence[ModelSnapshot], leaving: Sequence[ModelSnapshot]) -> list[ModelSnapshot]:
-    """Those for whom somebody has to make room: no place is about to be free for them, and it is no preload."""
+def _without_place(waiting: Sequence[ModelSnapshot], leaving: Sequence[ModelSnapshot]) -> set[str]:
+    """Those for whom no place is about to be free."""
     aliases = {model.alias for model in waiting}
     promised = {model.heir for model in leaving if model.heir in aliases}
     others = len(leaving) - len(promised)
-    left = [model for model in waiting if model.alias not in promised]
-    return [model for model in left[others:] if model.head is not None or model.asked]
+    return {model.alias for model in [model for model in waiting if model.alias not in promised][others:]}
 
 
-def _victim(
-    model: ModelSnapshot, stay: Collection[ModelSnapshot], snapshot: Snapshot
-) -> tuple[ModelSnapshot | None, float]:
-    """Who makes room for it; if nobody does, when that is to be asked again."""
-    claim = _claim(model)
-    when = [(due(one, claim, snapshot.turns), one) for one in stay]
-    over = [one for time, one in when if time <= snapshot.now]
-    if over:
-        # one that was used later is not to go because its turn began before
-        idle = [one for one in stay if one.idle] if any(one.idle for one in over) else []
-        return min(idle or over, key=_worth), math.inf
-    return None, min((time for time, _ in when), default=math.inf)
+def _kept(
+    snapshot: Snapshot,
+    placeless: Collection[str],
+    wanted: Sequence[ModelSnapshot],
+    stay: Collection[ModelSnapshot],
+    room: Room,
+) -> dict[str, Sequence[ModelSnapshot]]:
+    """Those that go on yielding, by whom they make room for: as few as are needed of those that do."""
+    kept: dict[str, Sequence[ModelSnapshot]] = {}
+    for model in (model for model in wanted if model.wished):
+        claim = _claim(model)
+        yields = {
+            one.alias: one
+            for one in stay
+            if one.yielding and one.heir == model.alias and due(one, claim, snapshot.turns) <= snapshot.now
+        }
+        if not yields or (model.alias not in placeless and room.spot_soon(model.need) is not None):
+            continue
+        enough = fewest(
+            [_candidate(one, snapshot.now) for one in yields.values()],
+            partial(_fits, room, model.need),
+            at_least=int(model.alias in placeless),
+        )
+        kept[model.alias] = [*yields.values()] if enough is None else [yields[one.alias] for one in enough]
+    return kept
+
+
+def _fits(room: Room, need: Need | None, more: Mapping[int, int]) -> bool:
+    return room.spot_soon(need, more) is not None
+
+
+def _candidate(model: ModelSnapshot, now: float) -> Candidate:
+    return Candidate(
+        alias=model.alias,
+        missed=idle_missed(model.load_seconds, now - model.last_used)
+        if model.idle
+        else busy_missed(None if model.head is None else model.head.key),
+        last_used=model.last_used,
+        frees=model.frees,
+    )
 
 
 def _behind(victim: ModelSnapshot, heir: ModelSnapshot) -> Head | None:
@@ -245,9 +431,3 @@ def _urgency(model: ModelSnapshot) -> tuple[int, float, bool]:
     if claim is not None:
         return 0, claim.key, claim is not model.head
     return (1 if model.asked else 2), 0.0, False
-
-
-def _worth(model: ModelSnapshot) -> tuple[bool, float, float]:
-    """Sorts by who is to leave first."""
-    first = math.inf if model.head is None else model.head.key
-    return (not model.idle, -first, model.last_used)

@@ -9,7 +9,8 @@ from trio_router.backend.lifecycle import State
 from trio_router.errors import QueueFull, ShuttingDown
 from trio_router.fleet.estimate import expected_wait
 from trio_router.fleet.explain import Plan, room_for
-from trio_router.fleet.placement import Decision, Retire, Start
+from trio_router.fleet.placement import Decision, Refuse, Retire, Start
+from trio_router.fleet.refusal import no_room
 from trio_router.fleet.ticket import Ticket
 from trio_router.fleet.turns import Head
 
@@ -66,6 +67,10 @@ def _with_place(registry: "Registry", plan: "_Telling", ahead: int) -> Plan:
     model, ticket = plan.model, plan.ticket
     head = Head(key=ticket.key, arrived_at=ticket.arrived_at, steps=ticket.priority.steps)
     room = room_for(registry.snapshot(model), model.alias, head)
+    if room.refusal is not None:
+        models = [*registry.models.values(), *registry.leaving]
+        error = no_room(model, room.refusal.shortage, models, registry.config.system)
+        return plan.never(error.message, error.code)
     if room.seconds is None:
         why = f"model {model.alias!r} waits for a place: every model in memory has work, and others wait before it"
         return plan.told("wait", why, position=ahead + 1, wait=None)
@@ -141,6 +146,8 @@ def decided(registry: "Registry", decision: Decision) -> list[Plan]:
                 head = models[alias].scheduler.head()
                 why = "nobody waits for it" if head is None else f"a request waits for {now - head.arrived_at:.3f} s"
                 tell(alias, "start", f"there is room for model {alias!r}: {why}", change=own)
+            case Refuse(alias=alias):
+                tell(alias, "refuse", f"model {alias!r} can never be loaded: memory, or places, are too few")
             case Retire(alias=alias, heir=str(heir)):
                 why = f"model {alias!r} makes room for {heir!r}"
                 tell(heir, "evict", why, evicts=(alias,), change=(models[heir].footprint_bytes or 0) - own)

@@ -40,14 +40,18 @@ from trio_router.fleet.estimate import LoadPace
 from trio_router.fleet.explain import Plan
 from trio_router.fleet.model import Model
 from trio_router.fleet.names import Names
-from trio_router.fleet.placement import Decision, Retire, Snapshot, Start, decide
+from trio_router.fleet.placement import Decision, Refuse, Retire, Snapshot, Start, decide
 from trio_router.fleet.planner import decided, plan_for
+from trio_router.fleet.refusal import no_room
 from trio_router.fleet.reload import Changes
 from trio_router.fleet.replicas import events_of, say_whether_they_grow, wish_for
 from trio_router.fleet.scheduler import Lease, Scheduler
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.fleet.turns import TurnRules
-from trio_router.memory.devices import DeviceMonitor
+from trio_router.memory.devices import UNKNOWN, DeviceMonitor
+from trio_router.memory.host import HostMemory, has_unseen_gpu
+from trio_router.memory.ledger import MIB, Ledger
+from trio_router.memory.room import Room, Shortage, Spot
 from trio_router.telemetry.events import Events, Reloaded, RequestFinished, ServerChanged, Unloaded, UnloadReason
 from trio_router.telemetry.facts import FleetFacts
 
@@ -88,6 +92,9 @@ class Registry:
     devices: DeviceMonitor | None = None
     supervising: type[Supervisor] = Supervisor
     """A simulation has another kind."""
+    ledger: Ledger = attrs.field(factory=Ledger)
+    """What is reserved for models in memory."""
+    host: HostMemory = attrs.field(factory=HostMemory)
     leaving: list[Model] = attrs.field(factory=list)
     """Taken out of router.toml, and still in memory."""
     loads: LoadPace = attrs.field(factory=LoadPace)
@@ -106,6 +113,9 @@ class Registry:
     _someone_waits: bool = False
 
     def __attrs_post_init__(self) -> None:
+        self._bound_memory()
+        if self.devices is not None:
+            self.devices.on_sample = self._sampled
         # without a bound: looks are coalesced to one, and each other letter has a client that waits for it
         self._mail, self._inbox = trio.open_memory_channel[_Look | _Eject | _Renew](math.inf)
         self.names = Names.of(self.config.models.values())
@@ -152,6 +162,7 @@ class Registry:
             look=self.look,
             devices=self.devices,
             loads=self.loads,
+            ledger=self.ledger,
         )
         model.room_in = lambda: self._room_in(model)
         scheduler.opens_in = model.opens_in
@@ -336,6 +347,7 @@ class Registry:
         before, self.config = self.config, changes.config
         self.names = Names.of(self.config.models.values())
         system = self.config.system
+        self._bound_memory()
         for alias in changes.removed:
             model = self.models[alias]
             model.refused(UnknownModel(f"model {alias!r} was taken out of the configuration", param="model"))
@@ -416,6 +428,29 @@ class Registry:
                         self._look_posted = False
                 again = self._do(nursery, self._decide())
 
+    def _sampled(self) -> None:
+        """The GPUs were looked at."""
+        if self._someone_waits:
+            self.look()
+
+    def _bound_memory(self) -> None:
+        system = self.config.system
+        self.ledger.reserve_bytes = system.vram_reserve_mb * MIB
+        self.ledger.ram_bytes = None if system.ram_budget_mb is None else system.ram_budget_mb * MIB
+
+    def room(self) -> Room:
+        """What may be reserved now: the one answer to whether something fits."""
+        devices = UNKNOWN if self.devices is None else self.devices.snapshot
+        now = trio.current_time()
+        # a model on a GPU that we do not see is projected to be on the host
+        blind = self.config.system.gpu_devices and not devices.devices and has_unseen_gpu()
+        return self.ledger.room(
+            devices,
+            None if blind else self.host.available(now),
+            now,
+            pinned=[model.alias for model in self._all() if model.pinned],
+        )
+
     def _decide(self) -> Decision:
         wish_for(self.models.values())
         return decide(self.snapshot())
@@ -430,6 +465,7 @@ class Registry:
             max_resident=system.max_concurrent_models,
             idle_timeout=system.idle_timeout_sec if system.enable_idle_timeout else None,
             turns=TurnRules(min_turn=system.min_turn_sec, max_swap_wait=system.max_swap_wait_sec),
+            room=self.room(),
         )
 
     def projected_bytes(self) -> int:
@@ -451,28 +487,47 @@ class Registry:
             self.decisions.extend(decided(self, decision))
         for action in decision.actions:
             match action:
-                case Start():
-                    self._start(nursery, models[action.alias])
+                case Start(spot=spot):
+                    self._start(nursery, models[action.alias], spot)
+                case Refuse(shortage=shortage):
+                    self._refuse(models[action.alias], shortage)
                 case Retire():
                     log.info("unloading", model=action.alias, reason=action.reason.value)
                     model = models[action.alias]
                     model.heir, model.behind = action.heir, action.behind
+                    if action.heir is not None:
+                        models[action.heir].relief.crowded = False
                     self._retire(nursery, model, action.reason, cut=False, drain_seconds=math.inf)
-        for alias, model in models.items():
-            if alias in decision.yielding:
-                model.heir = decision.yielding[alias]
+        self._have_yield(decision)
+        return decision.look_again_at
+
+    def _refuse(self, model: Model, shortage: Shortage | None) -> None:
+        """Tell those who wait; a replica that cannot be is no harm to them."""
+        if model.leader is None:
+            error = no_room(model, shortage, self._all(), self.config.system)
+            log.warning("no room", model=model.alias, error=error.message)
+            model.refused(error)
+
+    def _have_yield(self, decision: Decision) -> None:
+        """Models that give no new lease, and who is told that somebody waits."""
+        for model in self._all():
+            if model.alias in decision.yielding:
+                model.heir = decision.yielding[model.alias]
                 model.scheduler.pause()
             elif model.scheduler.paused:
                 model.scheduler.resume()
                 self.look()  # those who got a lease wait no more
         if self._someone_waits != decision.someone_waits:
             self._someone_waits = decision.someone_waits
-            for model in models.values():
+            for model in self._all():
                 model.scheduler.contended = decision.someone_waits
         say_whether_they_grow(self.models.values())
-        return decision.look_again_at
+        if self.devices is not None:
+            self.devices.look_closely(decision.memory_waits)
 
-    def _start(self, nursery: trio.Nursery, model: Model) -> None:
+    def _start(self, nursery: trio.Nursery, model: Model, spot: Spot) -> None:
+        model.supervisor.spot = spot
+        self.ledger.reserve(model.alias, spot, model.seen, known=model.footprint is not None)
         model.scope = trio.CancelScope()
         model.retiring, model.cut, model.was_ready, model.keep_seconds = None, False, False, None
         model.residency += 1
@@ -487,9 +542,11 @@ class Registry:
                 await model.supervisor.run()
         finally:
             reason = model.retiring
+            failed = model.gone() or model.state is State.FAILED
             if reason is None:
-                reason = UnloadReason.FAILED if model.state is State.FAILED else UnloadReason.SHUTDOWN
+                reason = UnloadReason.FAILED if failed else UnloadReason.SHUTDOWN
             model.scope = model.retiring = None
+            self.ledger.left(model.alias, model.seen, trio.current_time())
             if model in self.leaving:
                 self.leaving.remove(model)
             model.renew()
@@ -507,6 +564,7 @@ class Registry:
             return
         if model.retiring is None:
             model.retiring = reason
+            self.ledger.leaving(model.alias)
             if reason is UnloadReason.EJECTED:
                 model.refuse_askers(BackendUnavailable(f"model {model.alias!r} was ejected", param="model"))
             model.scheduler.close()

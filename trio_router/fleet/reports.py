@@ -1,14 +1,15 @@
 """The reports of the monitoring endpoints, as JSON objects: queues, health, memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trio_router.backend.lifecycle import State
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
-from trio_router.fleet.status import MIB, timestamp
+from trio_router.fleet.status import MIB, in_mebibytes, timestamp
 from trio_router.memory.devices import Device, Snapshot
 from trio_router.memory.footprint import Part, Place
+from trio_router.memory.room import RAM, Room
 from trio_router.telemetry.snapshot import gpu_numbers
 from trio_router.telemetry.summary import Summary
 
@@ -75,7 +76,8 @@ def vram_report(registry: Registry, devices: Snapshot) -> dict[str, Any]:
     gpu = gpu_numbers(devices.devices)
     everyone = [one for model in registry.models.values() for one in (model, *model.replicas)]
     resident = [model for model in everyone if model.state.resident]
-    free = _free_for_another(resident, devices.devices)
+    room = registry.room()
+    free = {index: max(0, size) for index, size in room.free.items()}
     return {
         "status": vram_status(devices.devices),
         "message": devices.message,
@@ -86,11 +88,14 @@ def vram_report(registry: Registry, devices: Snapshot) -> dict[str, Any]:
             "free_mb": gpu["vram_free_mb"],
             "usage_percentage": gpu["vram_used_percent"],
         },
-        "gpus": [_gpu(device) for device in devices.devices],
+        "gpus": [{**_gpu(device), **_reserved(registry, device.index, free)} for device in devices.devices],
+        "ram": _reserved(registry, RAM, free),
         "models": [_model_memory(model, devices.devices) for model in resident],
         "loaded_models_count": sum(model.state is State.READY for model in resident),
-        "can_load_more": _can_load_more(registry, resident, free),
-        "estimated_free_for_new_model_mb": mebibytes(free),
+        "can_load_more": _can_load_more(registry, resident, room),
+        "estimated_free_for_new_model_mb": mebibytes(sum(free[index] for index in free if index != RAM))
+        if free.keys() - {RAM}
+        else None,
     }
 
 
@@ -134,30 +139,24 @@ def _model_memory(model: Model, devices: Sequence[Device]) -> dict[str, Any]:
         "vram_percentage": round(100 * facts.vram_bytes / total, 2) if total else None,
         "vram_source": "measured" if facts.device_bytes else "projected",
         "vram_projected_mb": mebibytes(model.footprint_bytes),
+        "reserved_mb": in_mebibytes(model.reserved()),
         "gpus": {str(index): mebibytes(size) for index, size in facts.device_bytes.items()},
         "load_duration_sec": model.supervisor.load_seconds,
     }
 
 
-def _free_for_another(resident: Sequence[Model], devices: Sequence[Device]) -> int | None:
-    """Free bytes less what models that are being loaded have yet to take; None when no device tells."""
-    told = [device.free_bytes for device in devices if device.free_bytes is not None]
-    if not told:
-        return None
-    coming = sum(
-        max(0, (model.footprint_bytes or 0) - sum(model.device_bytes().values()))
-        for model in resident
-        if model.state in {State.STARTING, State.LOADING}
-    )
-    return max(0, sum(told) - coming)
+def _reserved(registry: Registry, device: int, free: Mapping[int, int]) -> dict[str, Any]:
+    """What the ledger says of a device."""
+    held = sum(one.spot.bytes.get(device, 0) for one in registry.ledger.held.values())
+    return {"reserved_mb": mebibytes(held), "free_for_new_model_mb": mebibytes(free.get(device))}
 
 
-def _can_load_more(registry: Registry, resident: Sequence[Model], free: int | None) -> bool:
+def _can_load_more(registry: Registry, resident: Sequence[Model], room: Room) -> bool:
     """Whether one of the models that are not in memory could be loaded without another having to leave."""
     if len(resident) >= registry.config.system.max_concurrent_models:
         return False
     others = [model for model in registry.models.values() if model.state is State.OFF]
-    return any(free is None or (model.footprint_bytes or 0) <= free for model in others)
+    return any(room.spot(model.need()) is not None for model in others)
 
 
 def footprint_report(model: Model) -> dict[str, Any]:
@@ -172,6 +171,7 @@ def footprint_report(model: Model) -> dict[str, Any]:
         "host_mb": None if footprint is None else mebibytes(footprint.host_bytes),
         "total_mb": None if footprint is None else mebibytes(footprint.total_bytes),
         "vram_used_mb": mebibytes(sum(held.values())) if held else None,
+        "reserved_mb": in_mebibytes(model.reserved()),
         "parts": [] if footprint is None else [_part(part) for part in footprint.parts],
         "note": model.footprint_problem if footprint is None else footprint.note,
     }

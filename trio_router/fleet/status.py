@@ -1,7 +1,7 @@
 """What users see of a model: the contract's objects, made from what is true now."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +9,7 @@ from trio_router.backend.lifecycle import State
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.ticket import Priority
+from trio_router.memory.room import RAM
 
 MIB = 1024 * 1024
 
@@ -80,6 +81,9 @@ def status(model: Model) -> dict[str, Any]:
         "port": None if address is None else address.port,
         "vram_mb": None if model.footprint_bytes is None else round(model.footprint_bytes / MIB),
         "vram_used_mb": round(sum(held.values()) / MIB) if held else None,
+        "reserved_mb": in_mebibytes(model.reserved()),
+        "adjusted": list(model.relief.adjusted),
+        "pinned": model.config.pinned,
         "load_progress": model.load_progress,
         "started_at": timestamp(supervisor.started_at) if model.state.resident else None,
         "last_used_at": timestamp(model.last_used_at),
@@ -113,6 +117,11 @@ def _replica(model: Model) -> dict[str, Any]:
         "load_progress": model.load_progress,
         "error_message": model.supervisor.error,
     }
+
+
+def in_mebibytes(sizes: Mapping[int, int]) -> dict[str, int]:
+    """Bytes by device, as people read and name it."""
+    return {"ram" if device == RAM else str(device): round(size / MIB) for device, size in sizes.items()}
 
 
 def fleet_status(registry: Registry) -> dict[str, Any]:

@@ -23,6 +23,8 @@ class ModelFacts:
     waiting_by_priority: Mapping[str, int]
     device_bytes: Mapping[int, int]
     """What its llama-server holds by device, as the driver says; empty when the driver does not."""
+    reserved_bytes: Mapping[str, int]
+    """What is reserved for it by device; `ram` is the host's memory."""
     vram_bytes: int
     """The sum of that, else what it is projected to need; 0 when it is not in memory."""
 

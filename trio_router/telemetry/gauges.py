@@ -68,11 +68,18 @@ def _model_memory(models: tuple[ModelFacts, ...]) -> Iterator[GaugeMetricFamily]
         "What a model's llama-server holds on a device, as the driver says.",
         labels=["model", "device"],
     )
+    reserved = GaugeMetricFamily(
+        "router_model_reserved_bytes",
+        "What is reserved for a model on a device, from before its load until it is gone; `ram` is the host's memory.",
+        labels=["model", "device"],
+    )
     for model in models:
         vram.add_metric([model.alias], model.vram_bytes)
+        for place, size in model.reserved_bytes.items():
+            reserved.add_metric([model.alias, place], size)
         for device, size in model.device_bytes.items():
             held.add_metric([model.alias, str(device)], size)
-    yield from (vram, held)
+    yield from (vram, held, reserved)
 
 
 def _device_memory(devices: Sequence[DeviceFacts]) -> Iterator[GaugeMetricFamily]:
