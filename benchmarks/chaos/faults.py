@@ -132,7 +132,7 @@ class Misfortune:
         await self.command("POST", f"/v1/models/{self.random.choice(ALIASES)}/reset", {})
 
     async def reload(self) -> None:
-        self.place.configure(context=self.random.choice([CONTEXT, 1280, 1536]))
+        self.place.configure(context=self.random.choice([CONTEXT, 1280, 1536]), at_once=self.random.random() < 0.5)
         if self.random.random() < 0.5:
             self.place.process.send_signal(signal.SIGHUP)
         else:
@@ -144,7 +144,7 @@ class Misfortune:
         status, raw = await self.command("POST", "/v1/config/reload", {})
         if status != 400 or json.loads(raw)["error"]["code"] != "invalid_config":
             self.ledger.violation(f"a wrong file was not refused: {status} {raw[:500]!r}")
-        self.place.configure(context=CONTEXT)
+        self.place.configure()
         await self.command("POST", "/v1/config/reload", {})
 
     async def command(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:

@@ -66,13 +66,13 @@ class Place:
             wrapper.write_text(WRAPPER.replace("PYTHON", sys.executable))
             (folder / "sick.py").symlink_to(Path(__file__).with_name("sick.py"))
             wrapper.chmod(0o755)
-            place.configure(context=CONTEXT)
+            place.configure()
             try:
                 yield place
             finally:
                 stop(place.process)
 
-    def configure(self, *, context: int) -> None:
+    def configure(self, *, context: int = CONTEXT, at_once: bool = True) -> None:
         """Write router.toml; another context is another entry for the last model, and for no other."""
         models = {
             alias: {
@@ -90,6 +90,7 @@ class Place:
             "stall_timeout_sec": STALL_SECONDS,
             "failed_retry_sec": 2,
             "drain_timeout_sec": DRAIN_SECONDS,
+            "stop_at_once": at_once,
         }
         self.write(router_toml(models=models, system=system, api={"port": self.port}))
 

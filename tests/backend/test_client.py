@@ -1,3 +1,5 @@
+import errno
+import os
 import time
 
 import pytest
@@ -69,6 +71,16 @@ async def test_a_server_that_is_silent_or_gone(sockets, autojump_clock: MockCloc
         async with backend_client(nobody) as client:
             with pytest.raises(NoAnswer, match="ConnectError"):
                 await client.healthy()
+
+
+async def test_a_lack_of_descriptors_while_httpx_is_imported(monkeypatch):
+    def none(**options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(module.httpx, "AsyncHTTPTransport", none)
+    with pytest.raises(NoFiles, match="cannot ask llama-server: Too many open files"):
+        async with backend_client(Address(path="/x")):
+            pass
 
 
 async def test_a_lack_of_descriptors_says_nothing_of_the_server(sockets):

@@ -28,7 +28,7 @@ def busy(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFacto
     assert real_llama.exists()
     flags = ["-c", "8192", "-np", "2", "-t", "1", "-b", "32", "-ub", "32"]
     models = {"smollm2": {"model_path": smollm2, "flags": flags}}
-    text = router_toml(models=models, system={"gpu_devices": [], "stop_at_once": True})
+    text = router_toml(models=models, system={"gpu_devices": []})
     with RouterProcess(tmp_path_factory.mktemp("busy"), text, environment={"PATH": os.defpath}) as router:
         over = threading.Event()
 

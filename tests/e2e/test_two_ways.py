@@ -44,14 +44,14 @@ class Ways:
 
     bare: str
     router: str
-    stopping: str
-    """A router that has it say how far it is (`system.stop_at_once`)."""
+    passing: str
+    """A router that sends every request as it came (`system.stop_at_once = false`)."""
 
     def ask(self, path: str, body: Any, *, raw: bytes | None = None) -> list[httpx.Response]:
         """The answers of the bare server and of both ways of both routers."""
         content = httpx.Request("POST", "http://x", json=body).content if raw is None else raw
         found = []
-        ways = [(router, headers) for router in (self.router, self.stopping) for headers in ({}, QUART)]
+        ways = [(router, headers) for router in (self.router, self.passing) for headers in ({}, QUART)]
         for base, headers in ((self.bare, {}), *ways):
             with httpx.Client(trust_env=False, timeout=60) as client:
                 found.append(
@@ -75,8 +75,8 @@ def ways(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFacto
         subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment) as bare,
         RouterProcess(folder, router_toml(models=models, system={"gpu_devices": []})) as router,
         RouterProcess(
-            folder / "stopping", router_toml(models=models, system={"gpu_devices": [], "stop_at_once": True})
-        ) as stopping,
+            folder / "passing", router_toml(models=models, system={"gpu_devices": [], "stop_at_once": False})
+        ) as passing,
     ):
 
         def ready() -> bool:
@@ -87,7 +87,7 @@ def ways(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFacto
 
         try:
             wait_until(ready, timeout_seconds=60)
-            yield Ways(f"http://127.0.0.1:{port}", router.url, stopping.url)
+            yield Ways(f"http://127.0.0.1:{port}", router.url, passing.url)
         finally:
             bare.terminate()
 
@@ -117,8 +117,14 @@ MESSAGES = [{"role": "user", "content": "Name three colours."}]
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 5000}]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 5000}], "stream": True}),
         ("/v1/completions", {"prompt": ["Once", "Twice"], "max_tokens": 3, "logprobs": 1}),
+        ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 3, "stream": True}),
+        ("/v1/completions", {"prompt": "Once", "max_tokens": 3, "n": 2, "stream": True}),
         ("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 8}),
         ("/v1/completions", {"prompt": "Once upon a time", "max_tokens": 8, "stream": True, "logprobs": 2}),
+        ("/v1/responses", {"input": "Name three colours.", "max_output_tokens": 6}),
+        ("/v1/responses", {"input": "Name three colours.", "max_output_tokens": 6, "stream": True}),
+        ("/v1/responses", {"input": MESSAGES, "max_output_tokens": 6, "instructions": "Be brief."}),
+        ("/v1/responses", {"input": "word " * 5000}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 6}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 6, "stream": True}),
         ("/completion", {"prompt": "Once", "n_predict": 3, "n_probs": 2, "stream": True}),

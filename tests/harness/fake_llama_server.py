@@ -51,6 +51,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -109,6 +110,10 @@ ROUTES = {
     "/detokenize": "detokenize",
     "/apply-template": "apply_template",
 }
+
+
+ADDED = re.compile(rb'(?:,"stream":true,"stream_options":{"include_usage":true})?,"return_progress":true}$')
+"""What the router adds to a body; an answer's id is the same with it and without, where the real one's are random."""
 
 
 class ClientGone(Exception):
@@ -562,7 +567,7 @@ class Answer:
     def __init__(self, server, client, request, body, faults, *, keep):
         self.server, self.client, self.request, self.body, self.faults = server, client, request, body, faults
         self.keep = keep
-        self.id = request.sha256[:32]
+        self.id = hashlib.sha256(ADDED.sub(b"}", request.body)).hexdigest()[:32]
         self.model = body.get("model", server.alias)
         self.seconds = float(faults.get("token_seconds", 0))
         limit = faults.get("tokens", body.get("max_tokens", body.get("n_predict", body.get("max_output_tokens", 4))))
@@ -633,7 +638,9 @@ class Answer:
         if faults.get("stall"):
             client.wait(3600)
         limit = 1 if faults.get("die") == "after_first_chunk" else faults.get("die_after_chunks")
-        for number, data in enumerate(events, 1):
+        number = 0
+        for data in events:
+            number += b'"prompt_progress"' not in data
             if faults.get("close_mid_chunk") and number == 2:
                 client.send(b"%x\r\n" % len(data) + data[: len(data) // 2])
                 return False
@@ -654,6 +661,12 @@ class Answer:
             self.client.wait(self.seconds)
             self.server.tokens += 1
             yield f"tök{number} ".ljust(width, "x")
+
+    def progress(self):
+        """What is said of the prompt, if that was asked for."""
+        if not self.body.get("return_progress"):
+            return {}
+        return {"prompt_progress": {"total": 7, "cache": self.cached, "processed": 7, "time_ms": 5}}
 
     def usage(self):
         return {
@@ -676,20 +689,29 @@ class Answer:
         fingerprint = {"created": CREATED, "model": self.model, "system_fingerprint": "b1-fake"}
         return {**fingerprint, "object": kind, "id": "chatcmpl-" + self.id}
 
+    def end(self, kind):
+        """What follows the choices of a whole answer, in its order."""
+        facts = self.common(kind)
+        identity = facts.pop("id")
+        return {**facts, "usage": self.usage(), "id": identity, "timings": self.timings()}
+
     def chat(self):
         choice = {
             "finish_reason": "stop",
             "index": 0,
             "message": {"role": "assistant", "content": "".join(self.tokens())},
         }
-        return {"choices": [choice], **self.common("chat.completion"), "usage": self.usage(), "timings": self.timings()}
+        return {"choices": [choice], **self.end("chat.completion")}
 
     def stream_chat(self):
         def chunk(delta, reason=None):
             choices = [{"finish_reason": reason, "index": 0, "delta": delta}]
             return {"choices": choices, **self.common("chat.completion.chunk")}
 
-        yield event(chunk({"role": "assistant", "content": None}))
+        begin = chunk({"role": "assistant", "content": None})
+        if progress := self.progress():
+            yield event({**begin, **progress})
+        yield event(begin)
         for token in self.tokens():
             yield event(chunk({"content": token}))
         last = chunk({}, "stop")
@@ -705,13 +727,16 @@ class Answer:
         return {"choices": choices, **self.common("text_completion")}
 
     def stream_text(self):
+        if progress := self.progress():
+            yield event({**self.text_choice("", None), **progress})
         for token in self.tokens():
             yield event(self.text_choice(token, None))
         yield event({**self.text_choice("", "length"), "usage": self.usage(), "timings": self.timings()})
         yield b"data: [DONE]\n\n"
 
     def text(self):
-        return {**self.text_choice("".join(self.tokens()), "length"), "usage": self.usage(), "timings": self.timings()}
+        choices = self.text_choice("".join(self.tokens()), "length")["choices"]
+        return {"choices": choices, **self.end("text_completion")}
 
     def completion_end(self, text):
         facts = {"index": 0, "content": text, "tokens": [], "id_slot": 0, "stop": True, "model": self.model}
@@ -747,15 +772,18 @@ class Answer:
         }
         usage = {"input_tokens": 7, "output_tokens": self.count, "total_tokens": 7 + self.count}
         facts = {"id": "resp_" + self.id, "object": "response", "created_at": CREATED, "status": "completed"}
-        return {**facts, "completed_at": CREATED, "model": self.model, "output": [item], "usage": usage}
+        return {**facts, "model": self.model, "output": [item], "usage": usage}
 
     def responses(self):
-        return self.response("".join(self.tokens()))
+        return dict(sorted({**self.response("".join(self.tokens())), "completed_at": CREATED}.items()))
 
     def stream_responses(self):
         started = {"id": "resp_" + self.id, "object": "response", "status": "in_progress"}
         yield event({"type": "response.created", "response": started}, "response.created")
-        yield event({"type": "response.in_progress", "response": started}, "response.in_progress")
+        progress = self.progress()
+        yield event({"type": "response.in_progress", "response": started, **progress}, "response.in_progress")
+        if progress:
+            yield event({"type": "response.in_progress", "response": started, **progress}, "response.in_progress")
         item = {"content": [], "id": "msg_" + self.id, "role": "assistant", "status": "in_progress", "type": "message"}
         yield event({"type": "response.output_item.added", "item": item}, "response.output_item.added")
         text = ""

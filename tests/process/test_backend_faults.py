@@ -251,17 +251,21 @@ def test_what_is_not_an_answer(
     assert router.status("qwen")["active"] == 0
 
 
-@pytest.mark.parametrize("fault", [{"wrong_length": True}, {"close_mid_chunk": True}])
+@pytest.mark.parametrize(
+    ("fault", "at_once"),
+    [({"wrong_length": True}, False), ({"close_mid_chunk": True}, False), ({"close_mid_chunk": True}, True)],
+)
 @pytest.mark.parametrize("size", [10, 300_000])
 def test_a_whole_answer_that_is_cut(
-    start_router: StartRouter, fault: dict[str, Any], size: int, way: dict[str, str]
+    start_router: StartRouter, fault: dict[str, Any], size: int, way: dict[str, str], *, at_once: bool
 ) -> None:
     """Small ones are held back and become an error; of a large one the client can see that it was cut."""
-    router = start_router(qwen=[])
+    router = start_router(qwen=[], system={"stop_at_once": at_once})
     try:
         answer = router.chat("qwen", headers=way, fake={**fault, "chunk_bytes": size})
     except httpx.RemoteProtocolError:
         assert size > 100_000
+        assert not at_once
     else:
         assert answer.status_code in {502, 503}
     assert router.chat("qwen").status_code == 200

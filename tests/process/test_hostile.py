@@ -121,10 +121,16 @@ def test_many_who_ask_for_much_and_read_nothing(router: RouterProcess, way: tupl
     until_idle(router)
 
 
-def test_many_who_begin_and_never_go_on(router: RouterProcess) -> None:
+@pytest.mark.parametrize(
+    "way", [(), ("TE: trailers",), ("Transfer-Encoding: chunked",)], ids=["lean", "quart", "chunks"]
+)
+def test_many_who_begin_and_never_go_on(router: RouterProcess, way: tuple[str, ...]) -> None:
     """Heads and bodies that stop in the middle; their connections are their own."""
     quiet = first_token_seconds(router)
-    whole = post(json.dumps(chat_body("busy")).encode())
+    body = json.dumps(chat_body("busy")).encode()
+    whole = post(body, *way)
+    if "chunked" in str(way):
+        whole = whole.replace(b"Content-Length: %d\r\n" % len(body), b"").replace(body, b"%x\r\n%b" % (len(body), body))
     with connections(router, 600) as clients:
         for number, client in enumerate(clients):
             client.sendall(whole[: 1 + number % (len(whole) - 1)])

@@ -44,17 +44,26 @@ STREAMS = [path for path in BODIES if re.search(r"completion|infill|responses|me
 
 
 @pytest.fixture(scope="module")
-def router(start_shared_router: StartRouter) -> RouterProcess:
+def routers(start_shared_router: StartRouter) -> dict[bool, RouterProcess]:
+    """Whether it has llama-server stop at once, and one that does or does not."""
+    models = {"org/qwen": ["-np", "4", "--embedding"], "other": ["--embedding"]}
     # a request to a model with several slots names its slot, unless that is not wanted
-    system = {"cache_affinity": False}
-    return start_shared_router(models={"org/qwen": ["-np", "4", "--embedding"]}, other=["--embedding"], system=system)
+    return {
+        at_once: start_shared_router(models=models, system={"cache_affinity": False, "stop_at_once": at_once})
+        for at_once in (True, False)
+    }
 
 
-@pytest.fixture(scope="module", params=["plane", "quart"])
-def either_way(router: RouterProcess, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+@pytest.fixture(scope="module")
+def router(routers: dict[bool, RouterProcess]) -> RouterProcess:
+    return routers[True]
+
+
+@pytest.fixture(scope="module", params=["plane", "quart", "plane, as it came", "quart, as it came"])
+def either_way(routers: dict[bool, RouterProcess], request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     """A connection whose requests are answered by the data plane, and one that was given to Quart."""
-    with router.client() as client:
-        if request.param == "quart":
+    with routers["as it came" not in request.param].client() as client:
+        if "quart" in request.param:
             client.get("/v1/models")
         yield client
 
@@ -104,7 +113,7 @@ def test_model_may_stand_anywhere_in_the_body(router: RouterProcess) -> None:
 
 
 def test_the_backend_gets_what_was_sent(start_router: StartRouter, record: Record) -> None:
-    router = start_router(qwen=record.flags, environment={"API_KEY": "sesame"})
+    router = start_router(qwen=record.flags, environment={"API_KEY": "sesame"}, system={"stop_at_once": False})
     body = b' {"model" : "qwen",\n "messages":[], "odd": 1.0e3, "odd": "\\u00fc" } '
     headers = {
         "Content-Type": "application/json",

@@ -22,11 +22,14 @@ def rewrite(router: RouterProcess, old: str, new: str) -> None:
     router.config_path.write_text(text.replace(old, new))
 
 
-def test_only_what_changed_is_restarted_and_streams_of_others_go_on(start_router: StartRouter, record: Record) -> None:
+@pytest.mark.parametrize("headers", [{}, {"TE": "trailers"}], ids=["lean", "quart"])
+def test_only_what_changed_is_restarted_and_streams_of_others_go_on(
+    start_router: StartRouter, record: Record, headers: dict[str, str]
+) -> None:
     router = start_router(a=["-c", "1024", *record.flags], b=record.flags, c=record.flags)
     assert router.chat("a").status_code == 200
     before = router.status("a")["pid"]
-    stream = router.in_background("b", stream=True, fake={"tokens": 40, "token_seconds": 0.05})
+    stream = router.in_background("b", stream=True, headers=headers, fake={"tokens": 40, "token_seconds": 0.05})
     record.wait_for("started", alias="b")
     pid = router.status("b")["pid"]
     rewrite(router, '"1024"', '"2048"')

@@ -239,11 +239,14 @@ async def open_site(
     policy: ModelPolicy | None = None,
     **system: Any,
 ) -> AsyncIterator[Site]:
-    """A site with one model, `qwen`; without a script its llama-server never comes."""
+    """A site with one model, `qwen`; without a script its llama-server never comes.
+
+    Requests are sent as they came, unless `stop_at_once` is asked for.
+    """
     config = RouterConfig(
         path=Path("router.toml"),
         api=ApiConfig(**(api or {})),
-        system=SystemConfig(base_models_path=folder, gpu_devices=(), **system),
+        system=SystemConfig(base_models_path=folder, gpu_devices=(), **{"stop_at_once": False, **system}),
         models={
             "qwen": ModelConfig(
                 alias="qwen",

@@ -530,6 +530,11 @@ async def test_a_client_that_stops_reading_is_cut(sockets, way, autojump_clock: 
 
 # --- hostile connections ----------------------------------------------------------------------------
 
+H2C = [
+    ("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABkAARAAAAAAAIAAAAA"),
+]  # fmt: skip
+FIRST = ["fresh", "after lean", "after quart"]
+"""Whose a connection is when something odd comes."""
 UPGRADE = [
     ("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
     ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
@@ -538,11 +543,15 @@ UPGRADE = [
 
 @pytest.mark.parametrize("target", ["/", "/health", CHAT, "/v1/models"])
 @pytest.mark.parametrize("early", [b"", b"early data" * 10, b"\x81\x85abcdhello"])
-async def test_an_upgrade_ends_nothing_but_itself(sockets, target, early):
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("upgrade", ["websocket", "h2c"])
+async def test_an_upgrade_ends_nothing_but_itself(sockets, target, early, first, upgrade):
     """pgjones/hypercorn#225: it ended the whole server."""
     async with open_site(sockets, Server()) as site, site.client() as bystander, site.client() as client:
         await bystander.ask("GET", "/health")
-        await client.say(request("GET", target, UPGRADE) + early)
+        if first != "fresh":
+            assert (await client.ask("POST", CHAT, WAYS[first.removeprefix("after ")], BODY)).status == 200
+        await client.say(request("GET", target, UPGRADE if upgrade == "websocket" else H2C) + early)
         with trio.move_on_after(0.2):
             await client.ended()
         assert (await bystander.ask("GET", "/health")).status == 200
@@ -578,20 +587,58 @@ async def test_an_upgrade_is_refused(sockets):
         b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" % CHAT.encode(),
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100,
     ],
-    ids=lambda data: repr(data[:60]),
+    ids=lambda data: repr(data[:80]),
 )
-async def test_what_is_not_http_reaches_no_backend(sockets, data):
+@pytest.mark.parametrize("first", FIRST)
+async def test_what_is_not_http_reaches_no_backend(sockets, data, first):
     server = Server()
     async with open_site(sockets, server) as site, site.client() as bystander, site.client() as client:
+        if first != "fresh":
+            assert (await client.ask("POST", CHAT, WAYS[first.removeprefix("after ")], BODY)).status == 200
+        asked = len(server.asked)
         await client.say(data)
         with trio.move_on_after(0.2):
             said = await client.ended()
             assert not said or said.split()[1].startswith((b"4", b"501")) or data.startswith(b"PRI"), said
-        assert server.asked == []
+        assert len(server.asked) == asked
         assert (await bystander.ask("GET", "/health")).status == 200
 
 
-@pytest.mark.parametrize("first", ["fresh", "after lean", "after quart"])
+SIZE = str(len(BODY))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "HTTP/1.1\nHost: localhost\nContent-Length: SIZE\n\n",
+        "HTTP/1.1\r\nHost: localhost\nX: y\r\nContent-Length: SIZE\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nX: y\r\n z\r\nContent-Length: SIZE\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nContent-Length:\r\n SIZE\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nContent-Length: +SIZE\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nContent-Length: SIZE\r\nContent-Length: 5\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nContent-Length: SIZE, 5\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nContent-Length : SIZE\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: identity\r\nContent-Length: SIZE\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: SIZE\r\n\r\n",
+        "HTTP/1.1\r\nHost: localhost\r\nTransfer_Encoding: x\r\nTransfer-Encoding:\x0bchunked\r\nContent-Length: SIZE\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("first", FIRST)
+async def test_what_others_read_differently_is_refused(sockets, head, first):
+    """However good the body that goes with it: two opinions on where a request ends are what smuggling is made of."""
+    server = Server()
+    async with open_site(sockets, server) as site, site.client() as client:
+        if first != "fresh":
+            assert (await client.ask("POST", CHAT, WAYS[first.removeprefix("after ")], BODY)).status == 200
+        asked = len(server.asked)
+        await client.say(f"POST {CHAT} {head.replace('SIZE', SIZE)}".encode() + BODY)
+        with trio.fail_after(5):
+            assert (await client.hear("POST")).status in {400, 501}
+            await client.ended()
+        assert len(server.asked) == asked
+
+
+@pytest.mark.parametrize("first", FIRST)
 async def test_a_length_beside_chunks_is_refused(sockets, first):
     """RFC 9112 section 6.1: it is what request smuggling begins with."""
     server = Server()

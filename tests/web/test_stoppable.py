@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import trio
 
-from tests.backend.peer import linked, say
+from tests.backend.peer import answer, linked, read_request, say
 from tests.web.site import BODY, CHAT, open_site
 from tests.web.test_app import STREAM, WAYS, Server, chunk
 from trio_router.backend.connection import AnswerHead, BackendLost
-from trio_router.web.stoppable import Assembly, NotWhole, Stoppable
+from trio_router.web.admission import read_wish
+from trio_router.web.stoppable import MAX_EVENT_BYTES, PATHS, Assembly, NotWhole, ResponseAssembly, Stoppable
 
 TEXT = "/v1/completions"
 ENDS: dict[str, Any] = {"created": 2, "id": "chatcmpl-1", "model": "m", "system_fingerprint": "b1"}
@@ -63,41 +64,56 @@ BEGIN = chat({"role": "assistant", "content": None})
 FOOT = '"created":2,"model":"m","system_fingerprint":"b1","object":"chat.completion","usage":{"completion_tokens":3},"id":"chatcmpl-1","timings":{"predicted_ms":3.000000000000001}'
 
 
-@pytest.mark.parametrize("path", [CHAT, "/chat/completions", TEXT])
+def of(path: str, body: bytes | bytearray) -> Stoppable | None:
+    wish = read_wish(body, talk=True)
+    assert wish.talk is not None
+    return Stoppable.of(path, body, wish.talk, stream=wish.stream)
+
+
+@pytest.mark.parametrize("path", sorted(PATHS))
 def test_what_is_asked_for(path):
-    whole = Stoppable.of(path, b'{"model":"m","stream":false, "n":1} \r\n', stream=False)
+    whole = of(path, b'{"model":"m","stream":false, "n":1} \r\n')
     assert whole is not None
     assert whole.whole
     found = json.loads(whole.body)  # as llama-server does, Python takes the last of a field that comes twice
     assert found == {
         "model": "m", "n": 1, "stream": True, "stream_options": {"include_usage": True}, "return_progress": True,
     }  # fmt: skip
-    stream = Stoppable.of(path, bytearray(b'{"model":"m","stream":true}'), stream=True)
-    assert stream is not None
-    assert not stream.whole
-    assert stream.body == b'{"model":"m","stream":true,"return_progress":true}'
+    for more in (b"", b'"tools":[],', b'"functions":[],'):
+        stream = of(path, bytearray(b'{"model":"m",%b"stream":true}' % more))
+        assert stream is not None
+        assert not stream.whole
+        assert stream.body == b'{"model":"m",%b"stream":true,"return_progress":true}' % more
 
 
 @pytest.mark.parametrize(
     ("path", "body"),
     [
         (CHAT, b'{"model":"m","tools":[]}'),
+        (CHAT, b'{"model":"m","t\\u006fols":[]}'),
         (CHAT, b'{"model":"m","functions":[]}'),
         (CHAT, b'{"model":"m","return_progress":true}'),
+        (CHAT, b'{"model":"m","return_progress":false,"stream":true}'),
+        (CHAT, b'{"model":"m","n":2,"stream":true}'),
+        (TEXT, b'{"model":"m","prompt":["a","b"],"stream":true}'),
         ("/v1/messages", BODY),
-        ("/v1/responses", BODY),
+        ("/v1/messages", b'{"model":"m","stream":true}'),
         ("/completion", BODY),
         ("/v1/embeddings", BODY),
     ],
 )
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_is_sent_as_it_is(path, body, *, stream):
-    assert Stoppable.of(path, body, stream=stream) is None
+def test_what_is_sent_as_it_is(path, body):
+    assert of(path, body) is None
+
+
+def test_several_answers_in_one_piece_can_be_put_together():
+    for body in (b'{"model":"m","n":2}', b'{"model":"m","prompt":["a"]}', b'{"model":"m","prompt":"a","stream":true}'):
+        assert of(TEXT, body) is not None
 
 
 def test_words_in_a_text_are_no_fields():
-    body = json.dumps({"model": "m", "messages": [{"content": 'the "tools" and "return_progress"'}]}).encode()
-    assert Stoppable.of(CHAT, body, stream=False) is not None
+    body = json.dumps({"model": "m", "messages": [{"content": 'the "tools" and', "tools": 1}], "x": "tools"}).encode()
+    assert of(CHAT, body) is not None
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,83 @@ def test_what_makes_no_whole_answer(stream):
         assembled(stream)
 
 
+def test_what_is_too_long_is_no_event():
+    for assembly in (Assembly(), ResponseAssembly()):
+        assembly.feed(b"x" * MAX_EVENT_BYTES)
+        with pytest.raises(NotWhole, match="an event has more than"):
+            assembly.feed(b"x")
+
+
+RESPONSE = {
+    "id": "resp_1", "object": "response", "created_at": 7, "status": "completed", "model": "m",
+    "output": [{"type": "message", "status": "completed", "id": "msg_1", "content": [{"type": "output_text", "text": "a"}]}],
+    "usage": {"output_tokens": 3, "input_tokens": 9},
+}  # fmt: skip
+
+
+def named(kind: str, **fields: Any) -> bytes:
+    return f"event: response.{kind}\n".encode() + events({"type": f"response.{kind}", **fields})
+
+
+@pytest.mark.parametrize("size", [1, 10, 1000])
+def test_a_whole_response(size):
+    stream = named("created") + named("in_progress") + named("completed", response=RESPONSE, timings={"x": 1})
+    assembly = ResponseAssembly()
+    for at in range(0, len(stream), size):
+        assembly.feed(stream[at : at + size])
+    status, body = assembly.whole()
+    assert (status, json.loads(body)) == (200, {**RESPONSE, "completed_at": 7})
+    assert body.startswith(b'{"completed_at":7,"created_at":7,"id":"resp_1","model":"m","object":"response","output":[')
+    assert (
+        b'[{"content":[{"type":"output_text","text":"a"}],"id":"msg_1","status":"completed","type":"message"}]' in body
+    )
+    assert body.endswith(b',"status":"completed","usage":{"output_tokens":3,"input_tokens":9}}')
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        named("created"),
+        named("completed", response={**RESPONSE, "output": [{"type": "reasoning"}]}),
+        named("completed", response={**RESPONSE, "output": 5}),
+        named("completed", response=5),
+        named("completed"),
+        named("completed", response=RESPONSE)[:-1],
+        named("completed", response=RESPONSE) + events({"error": {"code": 500}}),
+    ],
+)
+def test_what_makes_no_whole_response(stream):
+    assembly = ResponseAssembly()
+    assembly.feed(stream)
+    with pytest.raises(NotWhole):
+        assembly.whole()
+
+
+@pytest.mark.parametrize("size", [1, 50, 10_000])
+async def test_progress_is_left_out_of_a_response(size):
+    """What announces it is held back until it begins: until then it can be given to another llama-server."""
+    begun = {"id": "resp_1", "status": "in_progress"}
+    announced = named("created", response=begun)
+    waits = [
+        named("in_progress", response=begun, prompt_progress={"total": 9, "processed": count, "time_ms": 5})
+        for count in (0, 9)
+    ]
+    rest = named("output_item.added", item={"content": []}) + named("completed", response=RESPONSE)
+    async with linked() as (connection, peer), trio.open_nursery() as nursery:
+        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+        data = announced + b"".join(waits) + rest
+        pieces = [STREAM, *(chunk(data[at : at + size]) for at in range(0, len(data), size)), b"0\r\n\r\n"]
+        nursery.start_soon(say, peer, *pieces)
+        head = await connection.receive_head()
+        with trio.fail_after(10):
+            _, found = await Stoppable("/v1/responses", b"{}", whole=False).begin(connection, head)
+            assert b"output_item.added" in found
+            while piece := await connection.receive():
+                found += piece
+        assert found == announced + named("in_progress", response=begun) + rest
+
+
 @pytest.mark.parametrize("size", [1, 7, 100, 10_000])
 async def test_lines_on_progress_are_left_out_of_a_stream(size):
     said = events(progress(0), progress(5), progress(9))
@@ -204,7 +297,7 @@ async def test_lines_on_progress_are_left_out_of_a_stream(size):
         pieces = [STREAM, *(chunk(data[at : at + size]) for at in range(0, len(data), size)), b"0\r\n\r\n"]
         nursery.start_soon(say, peer, *pieces)
         head = await connection.receive_head()
-        stoppable = Stoppable(b"{}", whole=False)
+        stoppable = Stoppable(CHAT, b"{}", whole=False)
         with trio.fail_after(10):
             same, found = await stoppable.begin(connection, head)
             assert same is head
@@ -218,7 +311,7 @@ async def test_a_stream_without_one_whole_event():
     async with linked() as (connection, peer):
         await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
         await say(peer, STREAM, chunk(b"data: x"), b"0\r\n\r\n")
-        _, found = await Stoppable(b"{}", whole=False).begin(connection, await connection.receive_head())
+        _, found = await Stoppable(CHAT, b"{}", whole=False).begin(connection, await connection.receive_head())
         assert found == b"data: x"
 
 
@@ -229,7 +322,7 @@ async def test_one_that_breaks_off_is_a_lost_backend():
         await peer.send_eof()
         head: AnswerHead = await connection.receive_head()
         with pytest.raises(BackendLost):
-            await Stoppable(b"{}", whole=True).begin(connection, head)
+            await Stoppable(CHAT, b"{}", whole=True).begin(connection, head)
 
 
 # --- through a router -------------------------------------------------------------------------------
@@ -264,9 +357,32 @@ async def test_a_stream(sockets, way):
         assert server.asked[0].endswith(b'"stream":true,"return_progress":true}')
 
 
-async def test_a_stream_that_makes_no_answer_is_a_bad_backend(sockets):
-    async with open_site(sockets, Server(STREAM, chunk(events(BEGIN)), b"0\r\n\r\n"), stop_at_once=True) as site:
-        assert (await site.ask("POST", CHAT, [], BODY)).code == (502, "bad_backend_response")
+class OldServer:
+    """Answers a stream, asked for or not, that no whole can be made from; and in one piece when it is not asked for one."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        while asked := await read_request(stream):
+            self.asked.append(asked.partition(b"\r\n\r\n")[2])
+            if b'"stream":true' in asked:
+                await stream.send_all(STREAM + chunk(events(BEGIN)) + b"0\r\n\r\n")
+            else:
+                await stream.send_all(answer(b'{"in":"one piece"}'))
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_what_no_whole_can_be_made_from_is_asked_for_as_it_was(sockets, way):
+    """And from then on at once."""
+    server = OldServer()
+    async with open_site(sockets, server, stop_at_once=True) as site:
+        for count in (2, 3, 4):
+            assert (await site.ask("POST", CHAT, WAYS[way], BODY)).body == b'{"in":"one piece"}'
+            assert len(server.asked) == count
+        assert server.asked[1:] == [BODY] * 3
+        await site.ask("POST", TEXT, WAYS[way], BODY)
+        assert len(server.asked) == 6, "another path is another matter"
 
 
 async def test_a_backend_that_answers_in_one_piece_all_the_same(sockets):

@@ -92,7 +92,8 @@ class BackendClient:
                         body += piece
                         if len(body) > most:
                             patience.cancel()  # raising here would leave httpx's generators to the garbage collector
-        except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed with its incarnation meanwhile
+        # RuntimeError: closed with its incarnation meanwhile; OSError: of what httpx imports at its first use
+        except (httpx.HTTPError, RuntimeError, OSError) as error:
             what = NoFiles if _is_shortage(error) else NoAnswer
             raise what(f"{path}: {type(error).__name__} {error}".rstrip()) from error
         if len(body) > most:
@@ -129,13 +130,16 @@ class Answered:
 
 @asynccontextmanager
 async def backend_client(address: Address) -> AsyncIterator[BackendClient]:
-    """A client for the llama-server at `address`; it need not be listening yet."""
-    transport = httpx.AsyncHTTPTransport(
-        uds=address.path,
-        verify=False,
-        trust_env=False,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=1),
-    )
+    """A client for the llama-server at `address`; it need not be listening yet. Raises NoFiles."""
+    try:
+        transport = httpx.AsyncHTTPTransport(
+            uds=address.path,
+            verify=False,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=1),
+        )
+    except OSError as error:  # the first one has httpx import most of itself
+        raise NoFiles(f"cannot ask llama-server: {error.strerror}") from error
     headers = {} if address.key is None else {"authorization": f"Bearer {address.key}"}
     base = "http://backend" if address.path is not None else f"http://{address.host}:{address.port}"
     async with httpx.AsyncClient(

@@ -35,7 +35,7 @@ import trio
 
 from trio_router.backend.address import Address
 from trio_router.backend.backend import Backend
-from trio_router.backend.client import NoAnswer, backend_client
+from trio_router.backend.client import NoAnswer, NoFiles, backend_client
 from trio_router.backend.health import Health, expire_silent, until_ready, watch
 from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.backend.lifecycle import Move, State, after
@@ -343,7 +343,10 @@ class Supervisor:
                             life.cancel_scope.cancel()
 
                         life.start_soon(exit_ends_life)
-                        why = await self._serve(life, process, address, spawned)
+                        try:
+                            why = await self._serve(life, process, address, spawned)
+                        except NoFiles as error:
+                            why = str(error)
                         timed_out = self.backend is None
                         life.cancel_scope.cancel()
                 finally:

@@ -109,7 +109,7 @@ class SystemConfig:
     """A model that has been `failed` for this long is tried once more when it is asked for."""
     max_retries: int = attrs.field(default=2, validator=Within(minimum=0))
     """How often a request whose backend died before its first byte is queued again."""
-    stop_at_once: bool = False
+    stop_at_once: bool = True
     """Have llama-server say how far it is, so that it stops at once when a client leaves."""
     cache_affinity: bool = True
     """Have a conversation go on in the slot that holds it: requests name their slot, where a model has several."""

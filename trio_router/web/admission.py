@@ -107,13 +107,34 @@ class Body(msgspec.Struct):
 
 
 class Talk(Body):
-    """The same of a request that may belong to a conversation."""
+    """The same of a request that may belong to a conversation, or be asked for in another way."""
 
     messages: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     input: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     prompt: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     input_prefix: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     prompt_cache_key: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    tools: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    functions: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    return_progress: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    n: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether it says something of llama-server's `return_progress` itself."""
+        return self.return_progress is not msgspec.UNSET
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the model is told of tools that it may call."""
+        return self.tools is not msgspec.UNSET or self.functions is not msgspec.UNSET
+
+    @property
+    def is_several(self) -> bool:
+        """Whether it may ask for more answers than one."""
+        return self.n is not msgspec.UNSET or (
+            self.prompt is not msgspec.UNSET and bytes(memoryview(self.prompt)[:1]) != b'"'
+        )
 
     def conversation(self, session: bytes | None) -> Conversation | None:
         """Which one; None for several prompts at once, which need as many slots as there are."""

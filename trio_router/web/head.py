@@ -11,6 +11,7 @@ from typing import Final
 
 import attrs
 import h11
+from h11._receivebuffer import ReceiveBuffer
 
 from trio_router.backend.connection import Headers
 from trio_router.errors import HeadRefused
@@ -99,24 +100,44 @@ def read_head(raw: bytes) -> Head | None:
     )
 
 
+def check_lines(raw: bytes) -> None:
+    """Raise HeadRefused for lines that h11 forgives and others read differently (RFC 9112 sections 2.2 and 5.2)."""
+    if BARE_LINE_FEED.search(raw):
+        raise HeadRefused("a line of the head ends without a carriage return")
+    if _FOLDED.search(raw):
+        raise HeadRefused("a line of the head is folded")
+
+
+class StrictBuffer(ReceiveBuffer):
+    """What h11 has received of a connection, of which it is to forgive no line: `check_lines` for every head and trailer."""
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """The lines up to an empty one, None: it is not there yet."""
+        received = bytes(self)
+        lines: list[bytearray] | None = super().maybe_extract_lines()
+        try:
+            check_lines(received[: len(received) - len(self)])
+        except HeadRefused as error:
+            raise h11.RemoteProtocolError(error.message) from error
+        return lines
+
+
 def check_head(raw: bytes) -> None:
     """Raise HeadRefused for a head that Hypercorn would answer with nothing but a status, or fall over.
 
     Its parser is asked, so there are no two opinions; only the answer is ours, with a body and an id. WebSockets are not
     spoken here, and Hypercorn does not survive one whose first frames come with its head (pgjones/hypercorn#225).
     What that parser forgives and others read differently is refused besides: bare line feeds, folded lines, a length
-    beside chunks (RFC 9112 sections 2.2, 5.2 and 6.1).
+    beside chunks (RFC 9112 section 6.1).
     """
     if raw.startswith(HTTP2):
         return
-    if BARE_LINE_FEED.search(raw.partition(END)[0]):
-        raise HeadRefused("a line of the head ends without a carriage return")
-    if END not in raw:
+    head, end, _ = raw.partition(END)
+    check_lines(head)
+    if not end:
         if len(raw) >= MAX_HEAD_BYTES:
             raise HeadRefused(f"the head is larger than {MAX_HEAD_BYTES} bytes", status=431)
         raise HeadRefused("the request does not begin with a method")
-    if _FOLDED.search(raw, 0, raw.find(END)):
-        raise HeadRefused("a line of the head is folded")
     if _CHUNKS.search(raw) and _SIZE.search(raw):
         raise HeadRefused(BOTH_LENGTHS)
     if _WEBSOCKET.search(raw):

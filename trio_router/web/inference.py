@@ -226,7 +226,7 @@ class Exchange:
     def _suit(self, talk: Talk, ticket: Ticket, outgoing: Outgoing) -> None:
         """What a request gets whose body we read: a slot that suits it, word while it waits, a llama-server that stops."""
         if self.registry.config.system.stop_at_once:
-            outgoing.stoppable = Stoppable.of(self.asked.path, self.body, stream=self._stream)
+            outgoing.stoppable = Stoppable.of(self.asked.path, self.body, talk, stream=self._stream)
         scheduler = self.registry.models[ticket.alias].scheduler
         if scheduler.chooses:
             ticket.conversation = talk.conversation(self.asked.session)

@@ -30,6 +30,7 @@ import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, ConnectionState, Scope
@@ -38,6 +39,7 @@ from trio_router.web import dataplane
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.dataplane import HEAD_SECONDS, WRITE_STALL_SECONDS, DataPlane
 from trio_router.web.hangup import Hangups
+from trio_router.web.head import StrictBuffer
 from trio_router.web.in_flight import InFlight
 from trio_router.web.refusals import refuse_websocket, worded
 
@@ -170,7 +172,15 @@ class ConnectionServer(TCPServer):
 
     Bytes after a request whose answer says `Connection: close` break the protocol in h11's eyes. Hypercorn's reader
     closes at once then, often before the answer's first byte was sent by another task.
+
+    Its parser forgives no line that the data plane's does not: see `StrictBuffer`.
     """
+
+    async def _read_data(self) -> None:
+        protocol = self.protocol.protocol
+        if isinstance(protocol, H11Protocol) and isinstance(protocol.connection, h11.Connection):
+            protocol.connection._receive_buffer = StrictBuffer()  # noqa: SLF001  (h11 has no setting for it)
+        await super()._read_data()
 
     async def protocol_send(self, event: Event) -> None:
         app = cast("ConnectionApp", self.app)

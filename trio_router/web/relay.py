@@ -5,12 +5,15 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import attrs
+import structlog
 
 from trio_router.backend.backend import Slot
 from trio_router.backend.connection import HOP_BY_HOP, AnswerHead, BackendLost, Connection, Headers
 from trio_router.errors import BackendBroken, BackendTimeout, BackendUnavailable, RouterError
 from trio_router.fleet.scheduler import Lease
-from trio_router.web.stoppable import Stoppable
+from trio_router.web.stoppable import NotWhole, Stoppable
+
+log = structlog.get_logger("trio_router.web")
 
 NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"accept-encoding",  # llama-server does not compress; a body that passes unread must not be
@@ -118,7 +121,7 @@ class Outgoing:
         """
         self.slot = slot
         key = slot.backend.address.key
-        stoppable = self.stoppable
+        stoppable = None if self.stoppable is None else self.stoppable.unless(slot.backend.unstoppable)
         body = self.body if stoppable is None else stoppable.body
         if self.pinned and slot.backend.pins:
             body = in_slot(body, slot.index)
@@ -136,6 +139,12 @@ class Outgoing:
             if answer.length is not None and answer.length <= WHOLE_BYTES:
                 while not connection.complete:
                     first += await connection.receive()
+        except NotWhole as error:
+            path = "" if stoppable is None else stoppable.path
+            log.warning("cannot be stopped at once", model=slot.backend.alias, path=path, why=str(error))
+            slot.backend.unstoppable.add(path)
+            slot.disconnect()
+            return await self.attempt(slot)
         except BackendLost as lost:
             self.slot = None
             if self.refusal is not None:

@@ -5,34 +5,42 @@ It looks for the client only when it has something to write, or when no request 
 to the end for nobody, as long as it computes for others beside. What makes it write is a stream with `return_progress`:
 a line after each batch of the prompt, and one for each token.
 
-Where `system.stop_at_once` says so, that is asked for in the place of what the client asked for. The lines on progress
+Unless `system.stop_at_once` is off, that is asked for in the place of what the client asked for. The lines on progress
 are left out again; a whole answer is put together from its stream as llama-server would have written it: in the same
-order, and with its own numbers, digit by digit.
+order, and with its own numbers, digit by digit. A stream that no whole can be made from is asked for again as the client
+did, and so is what comes after it on the same path, until there is another llama-server.
 
-Not for requests with tools, whose calls come in pieces that say less than the whole, and not for paths whose streams
-differ from their answers in more than the cut.
+Whole answers to requests with tools are not asked for so: the calls come in pieces that say less than the whole. Nor are
+streams of several answers, among whose lines those on progress come at any time. Of other paths only the Responses API's
+stream says how far it is.
 """
 
 import re
+from collections.abc import Container, Iterable
 from typing import Final
 
 import attrs
 import msgspec
 
-from trio_router.backend.connection import AnswerHead, BackendLost, Connection, Headers
+from trio_router.backend.connection import AnswerHead, Connection, Headers
+from trio_router.web.admission import Talk
 
-PATHS: Final = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions"})
+RESPONSES: Final = frozenset({"/v1/responses", "/responses"})
+PATHS: Final = frozenset({"/v1/chat/completions", "/chat/completions", "/v1/completions"}) | RESPONSES
 PROGRESS: Final = b'"prompt_progress":'
 END: Final = b"\n\n"
-_TOOLS: Final = re.compile(rb'"(?:tools|functions)"')
+MAX_EVENT_BYTES: Final = 1 << 20
+"""Of what is longer no answer is put together."""
+_BLANKS: Final = b" \t\r\n"
+_ITS_PROGRESS: Final = re.compile(rb',"prompt_progress":\{[^{}]*\}')
 _STREAM_ONLY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 _Raw = dict[str, msgspec.Raw]
 _CHUNK: Final = msgspec.json.Decoder(_Raw)
-_CHOICES: Final = msgspec.json.Decoder(list[_Raw])
+_ITEMS: Final = msgspec.json.Decoder(list[_Raw])
 _COUNT: Final = msgspec.json.Decoder(int)
 
 
-class NotWhole(BackendLost):
+class NotWhole(Exception):
     """Raised when the stream is not one that a whole answer can be made from."""
 
 
@@ -40,26 +48,34 @@ class NotWhole(BackendLost):
 class Stoppable:
     """What is sent in a request's place."""
 
+    path: str
     body: bytes
     whole: bool
     """Whether the client wants its answer in one piece."""
 
     @classmethod
-    def of(cls, path: str, body: bytes | bytearray, *, stream: bool) -> "Stoppable | None":
+    def of(cls, path: str, body: bytes | bytearray, talk: Talk, *, stream: bool) -> "Stoppable | None":
         """None for a request that is to be sent as it is."""
-        text = bytes(body).rstrip()
-        if path not in PATHS or _TOOLS.search(text) or b'"return_progress"' in text:
+        if path not in PATHS or talk.wants_progress or (talk.is_several if stream else talk.has_tools):
             return None
         more = b',"return_progress":true}'
         if not stream:  # of fields that come twice, llama-server takes the last
             more = b',"stream":true,"stream_options":{"include_usage":true}' + more
-        return cls(text[:-1] + more, whole=not stream)
+        end = len(body)
+        while body[end - 1] in _BLANKS:
+            end -= 1
+        return cls(path, b"".join((memoryview(body)[: end - 1], more)), whole=not stream)
+
+    def unless(self, paths: Container[str]) -> "Stoppable | None":
+        """None for one whose whole answer cannot be put together: those at `paths`."""
+        return None if self.whole and self.path in paths else self
 
     async def begin(self, connection: Connection, head: AnswerHead) -> tuple[AnswerHead, bytes]:
-        """The answer's head, and the first bytes of it, as the client is to have them. Raises BackendLost."""
+        """The answer's head, and the first bytes of it, as the client is to have them. Raises BackendLost, NotWhole."""
         if not self.whole:
-            return head, await _first_event(connection)
-        assembly = Assembly()
+            first = _first_of_response if self.path in RESPONSES else _first_event
+            return head, await first(connection)
+        assembly: Assembly | ResponseAssembly = ResponseAssembly() if self.path in RESPONSES else Assembly()
 
         def take(piece: bytes) -> bool:
             assembly.feed(piece)
@@ -90,6 +106,35 @@ async def _first_event(connection: Connection) -> bytes:
     return data
 
 
+async def _first_of_response(connection: Connection) -> bytes:
+    """The first events, the Responses API's, once there are others than those that announce them.
+
+    Progress is said in events that would come anyway, and more of them.
+    """
+    data = kept = b""
+    announced = False
+    while piece := await connection.receive():
+        data += piece
+        while (end := data.find(END)) >= 0:
+            event, data = data[: end + len(END)], data[end + len(END) :]
+            if PROGRESS not in event:
+                kept += event
+                if not event.startswith(b"event: response.created"):
+                    return kept + data
+            elif not announced:
+                announced = True
+                kept += _ITS_PROGRESS.sub(b"", event)
+    return kept + data
+
+
+def _split(data: bytes) -> list[bytes]:
+    """The events in `data`, and the beginning of the next. Raises NotWhole if that is too long."""
+    events = data.split(END)
+    if len(events[-1]) > MAX_EVENT_BYTES:
+        raise NotWhole(f"an event has more than {MAX_EVENT_BYTES} bytes")
+    return events
+
+
 @attrs.define
 class _Choice:
     """One of the answers to a request, while it is put together. All of it is JSON, byte by byte."""
@@ -103,7 +148,7 @@ class _Choice:
         if value.startswith(b'"'):
             self.texts.setdefault(name, []).append(value[1:-1])
         elif value != b"null":
-            raise NotWhole(f"answered with a stream whose {name!r} is no text")
+            raise NotWhole(f"{name!r} in its stream is no text")
 
     def text(self, name: str) -> bytes:
         return b'"%b"' % b"".join(self.texts.get(name, ()))
@@ -143,12 +188,12 @@ class Assembly:
 
     def feed(self, piece: bytes) -> None:
         """Take what came. Raises NotWhole."""
-        *events, self._rest = (self._rest + piece).split(END)
+        *events, self._rest = _split(self._rest + piece)
         try:
             for event in events:
                 self._take(event)
         except (msgspec.DecodeError, KeyError) as error:
-            raise NotWhole(f"answered with a stream that makes no whole answer ({error})") from error
+            raise NotWhole(f"the stream is not as expected ({error})") from error
 
     def _take(self, event: bytes) -> None:
         data = event.strip().removeprefix(b"data: ")
@@ -161,7 +206,7 @@ class Assembly:
             return
         if "prompt_progress" in chunk:
             return
-        for found in _CHOICES.decode(chunk.pop("choices")):
+        for found in _ITEMS.decode(chunk.pop("choices")):
             self._finished = _COUNT.decode(found["index"])
             _take(self._choices.setdefault(self._finished, _Choice()), found)
         if self._finished != 0 or "usage" not in chunk:  # those of the first choice stand in the answer
@@ -175,8 +220,45 @@ class Assembly:
             return self._error
         choices = self._choices
         if not choices or "usage" not in self._last or not all(choice.finish for choice in choices.values()):
-            raise NotWhole("answered with a stream that ended before the answer did")
+            raise NotWhole("the stream ended before the answer did")
         return 200, _written(choices, self._last)
+
+
+@attrs.define(eq=False)
+class ResponseAssembly:
+    """The same for the Responses API, whose last event holds the whole, in another order."""
+
+    _rest: bytes = b""
+    _end: bytes = b""
+
+    def feed(self, piece: bytes) -> None:
+        """Take what came. Raises NotWhole."""
+        *events, self._rest = _split(self._rest + piece)
+        if events:
+            self._end = events[-1]
+
+    def whole(self) -> tuple[int, bytes]:
+        """The status and the body of the answer whose stream came. Raises NotWhole."""
+        kind, _, data = self._end.partition(b"\ndata: ")
+        if kind != b"event: response.completed":
+            raise NotWhole("the stream ended before the response did")
+        try:
+            found = _CHUNK.decode(_CHUNK.decode(data)["response"])
+            found["completed_at"] = found["created_at"]
+            found["output"] = msgspec.Raw(b"[%b]" % b",".join(map(_message, _ITEMS.decode(found["output"]))))
+        except (msgspec.DecodeError, KeyError) as error:
+            raise NotWhole(f"the response is not as expected ({error})") from error
+        return 200, _object(sorted(found.items()))
+
+
+def _message(item: _Raw) -> bytes:
+    if bytes(item["type"]) != b'"message"':
+        raise NotWhole(f"an item of the response is {bytes(item['type'])!r}")
+    return _object(sorted(item.items()))
+
+
+def _object(fields: Iterable[tuple[str, bytes | msgspec.Raw]]) -> bytes:
+    return b"{%b}" % b",".join([b'"%b":%b' % (name.encode(), bytes(value)) for name, value in fields])
 
 
 def _take(choice: _Choice, found: _Raw) -> None:
@@ -208,4 +290,4 @@ def _written(choices: dict[int, _Choice], last: dict[str, bytes]) -> bytes:
     fields |= last
     if timings is not None:
         fields["timings"] = timings
-    return b"{%b}" % b",".join([b'"%b":%b' % (name.encode(), value) for name, value in fields.items()])
+    return _object(fields.items())

