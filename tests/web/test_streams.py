@@ -101,6 +101,22 @@ async def test_a_life_of_a_model(autojump_clock: trio.testing.MockClock) -> None
     assert all(data["alias"] == "a" for _, _, name, data in watcher.events[1:])
 
 
+async def test_how_far_a_load_is(autojump_clock: trio.testing.MockClock) -> None:
+    """By the time it took last; only while somebody reads."""
+    async with watched() as here:
+        here.fleet.servers.plan("a").load_seconds = 10
+        await here.fleet.load("a")
+        await here.fleet.eject("a")
+        watcher = here.watch()
+        await here.fleet.load("a")
+        await settle()
+    told = [data["load_progress"] for _, data in watcher.updates() if data["status"] == "loading"]
+    percents = [percent for percent in told if percent is not None]
+    assert len(set(percents)) >= 8
+    assert percents == sorted(percents)
+    assert watcher.updates()[-1][1]["load_progress"] == 100
+
+
 async def test_an_event_is_what_was_true_then(autojump_clock: trio.testing.MockClock) -> None:
     """Two changes without a checkpoint between them are two events."""
     async with watched() as here:

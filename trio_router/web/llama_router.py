@@ -84,7 +84,8 @@ def told_status(registry: Registry, model: Model) -> dict[str, Any]:
         case "loaded":
             told["info"] = entry(registry, model.alias)
         case "loading":
-            told["progress"] = {"stages": ["text_model"], "current": "text_model", "value": 0.0}
+            done = (model.load_progress or 0) / 100
+            told["progress"] = {"stages": ["text_model"], "current": "text_model", "value": done}
         case _:
             told["exit_code"] = exit_code(model) if model.state is State.FAILED else 0
     return told

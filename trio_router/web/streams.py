@@ -28,6 +28,8 @@ from trio_router.web.sse import Hub, stream_response
 
 COUNTS_SECONDS = 0.5
 METRICS_SECONDS = 2.0
+PROGRESS_SECONDS = 1.0
+"""How often a load that goes on is looked at."""
 MEMORY_SECONDS = 5.0
 """How soon after its last request a model's memory is looked at again."""
 
@@ -93,6 +95,7 @@ class Streams:
             nursery.start_soon(self.metrics.beat)
             nursery.start_soon(self._count)
             nursery.start_soon(self._measure)
+            nursery.start_soon(self._progress)
             task_status.started()
 
     async def _count(self) -> None:
@@ -104,6 +107,15 @@ class Streams:
                 self._stale = dict.fromkeys(self.registry.models)
             self._show_counts()
             await trio.sleep(COUNTS_SECONDS)
+
+    async def _progress(self) -> None:
+        """A load gets on without an event."""
+        while True:
+            await self.status.until_read()
+            await trio.sleep(PROGRESS_SECONDS)
+            for alias, model in self.registry.models.items():
+                if model.supervisor.loading_since is not None:
+                    self._show(alias)
 
     async def _measure(self) -> None:
         while True:
