@@ -153,9 +153,9 @@ class Talk(Body):
         return Conversation.of(said, session)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Wish:
-    """What a body asks for."""
+    """What a body asks for. Not frozen: making one would take three times as long, and one is made for every request."""
 
     model: str
     stream: bool
