@@ -49,7 +49,8 @@ class Stoppable:
     """What is sent in a request's place."""
 
     path: str
-    body: bytes
+    source: bytes | bytearray
+    """The body as the client sent it."""
     whole: bool
     """Whether the client wants its answer in one piece."""
 
@@ -58,13 +59,18 @@ class Stoppable:
         """None for a request that is to be sent as it is."""
         if path not in PATHS or talk.wants_progress or (talk.is_several if stream else talk.has_tools):
             return None
+        return cls(path, body, whole=not stream)
+
+    @property
+    def body(self) -> bytes:
+        """What is sent."""
         more = b',"return_progress":true}'
-        if not stream:  # of fields that come twice, llama-server takes the last
+        if self.whole:  # of fields that come twice, llama-server takes the last
             more = b',"stream":true,"stream_options":{"include_usage":true}' + more
-        end = len(body)
-        while body[end - 1] in _BLANKS:
+        end = len(self.source)
+        while self.source[end - 1] in _BLANKS:
             end -= 1
-        return cls(path, b"".join((memoryview(body)[: end - 1], more)), whole=not stream)
+        return b"".join((memoryview(self.source)[: end - 1], more))
 
     def unless(self, paths: Container[str]) -> "Stoppable | None":
         """None for one whose whole answer cannot be put together: those at `paths`."""
