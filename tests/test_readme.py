@@ -63,7 +63,7 @@ def the(begins: str, language: str = "bash") -> str:
     return found
 
 
-def run(command: list[str | Path], *, folder: Path, environment: dict[str, str] | None = None, seconds: float = 60):
+def run(command: list[str | Path], *, folder: Path, environment: dict[str, str] | None = None, seconds: float = 150):
     scripts = str(Path(sys.executable).parent)
     kept = clean_environment(
         {"PATH": f"{scripts}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **(environment or {})}
