@@ -10,7 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.fleet.fake_backend import FakeConnection, connect
 from tests.fleet.fake_servers import FakeServer, FakeServers
-from tests.fleet.fleet import NORMAL, Fleet, running
+from tests.fleet.fleet import HIGH, LOW, NORMAL, Fleet, running
 from trio_router.backend.backend import Slot
 from trio_router.backend.connection import BackendLost
 from trio_router.backend.lifecycle import State
@@ -100,6 +100,28 @@ async def ready(servers: FakeServers, slots: int = 1, **system) -> AsyncIterator
         yield fleet
         await wait_all_tasks_blocked()
         assert (fleet["a"].scheduler.active, fleet["a"].scheduler.waiting) == (0, 0)
+
+
+async def test_0_a_slot_that_is_yielded(servers: FakeServers, autojump_clock: MockClock) -> None:
+    """Whatever the broken connection looks like: queued again, behind the one it is for."""
+    async with ready(servers) as fleet:
+
+        async def yields(slot: Slot) -> str:
+            await trio.sleep(1)
+            ticket.yielded = True
+            fleet.soon("a", 5, name="high", priority=HIGH)
+            await wait_all_tasks_blocked()
+            raise STALE
+
+        ticket = fleet.registry.ticket("a", LOW)
+        request = Request(fleet, [yields, answers])
+        lease, answer = await dispatch(fleet.registry, ticket, request.attempt)
+        began = request.began_at[0]
+        assert answer == "answer"
+        assert request.began_at == [began, began + 6]
+        assert fleet.of("runs") == [f"{began + 1:g} high runs"]
+        assert (ticket.yielded, ticket.requeued) == (False, True)
+        lease.release()
 
 
 async def test_the_lease_of_an_answer_is_the_callers(servers: FakeServers, autojump_clock: MockClock) -> None:

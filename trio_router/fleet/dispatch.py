@@ -5,6 +5,8 @@ place and is tried on the next incarnation. What "try" means, which bytes go whe
 
 The cases, after a try that ended with a `BackendLost`:
 
+0. We ended the try ourselves, so that a high request has its slot (`system.preempt_low`): queued again as in 6, and
+   done from the start.
 1. The kept connection was stale (llama-server closes idle ones): once more on the same slot, on a fresh one.
 2. The backend lives on: it broke off, or answered what is not HTTP. The client gets 502, nothing is repeated. If
    it could not even be reached (there is no file descriptor left), 503.
@@ -55,13 +57,18 @@ async def dispatch(
             try:
                 return lease, await attempt(lease.slot)
             except BackendLost as error:
-                if not error.stale:
+                if not error.stale or ticket.yielded:
                     raise
                 lease.slot.disconnect()
                 return lease, await attempt(lease.slot)  # 1
         except BackendLost as error:
             lease.slot.disconnect()
             backend = lease.slot.backend
+            if ticket.yielded:  # 0
+                lease.release()
+                _queue_again(ticket)
+                log.info("queued again", id=request_id, model=ticket.alias, error="a high request has its slot")
+                continue
             try:
                 with trio.move_on_after(DEATH_SECONDS):
                     await backend.gone.wait()
@@ -73,10 +80,8 @@ async def dispatch(
             if verdict is not None:
                 raise verdict from error
             retries += 1
-            ticket.requeued = True  # 6
             ticket.alone = deaths >= MAX_DEATHS
-            if ticket.granted_at is not None:
-                ticket.deadline = min(ticket.due, ticket.deadline + trio.current_time() - ticket.granted_at)
+            _queue_again(ticket)  # 6
             log.info(
                 "queued again", id=request_id, model=ticket.alias, incarnation=backend.incarnation, error=str(error)
             )
@@ -84,6 +89,13 @@ async def dispatch(
             lease.slot.disconnect()
             lease.release()
             raise
+
+
+def _queue_again(ticket: Ticket) -> None:
+    """Have it wait at its old place, for what was left of its time when it got its slot."""
+    ticket.requeued, ticket.yielded = True, False
+    if ticket.granted_at is not None:
+        ticket.deadline = min(ticket.due, ticket.deadline + trio.current_time() - ticket.granted_at)
 
 
 def _verdict(

@@ -103,6 +103,8 @@ class Scheduler:
     """Slots that are free, and kept so: for who is to be alone, or since we are paused."""
     _alone: Lease | None = None
     """Of who is."""
+    _yielding: dict[Lease, Ticket] = attrs.field(factory=dict)
+    """Leases of those who may give their slot to a high request."""
     paused: bool = False
     """Whether no new lease is given, since the model is to make room: all free slots are set aside."""
     _ranks: dict[Priority, Rank] = attrs.field(factory=lambda: {priority: Rank() for priority in Priority})
@@ -170,6 +172,8 @@ class Scheduler:
         self._enqueue(waiter)
         if ticket.waits is not None:
             ticket.waits()
+        if ticket.priority is Priority.HIGH and not self.paused:
+            self._preempt(ticket)
         self.changed()
         if self.backend is None or self.contended or self.grows:
             self.demand()
@@ -339,6 +343,19 @@ class Scheduler:
         chosen = free[choose(free, ticket.conversation)]
         return next(each for each, slots in able.items() if chosen in slots)
 
+    def _preempt(self, ticket: Ticket) -> None:
+        """Have the one give its slot that comes last of those who may, if it comes after a high one that waits.
+
+        Its connection is closed: llama-server stops, and `dispatch` queues it again at its old place. So it is not
+        overtaken for ever: one that has waited long enough comes before those who have just come.
+        """
+        yielding = [pair for each in (self, *self.followers) for pair in each._yielding.items()]  # noqa: SLF001  (others of us)
+        able = [pair for pair in yielding if pair[1].yields and not pair[1].yielded and pair[1].key > ticket.key]
+        if able:
+            lease, victim = max(able, key=lambda pair: pair[1].key)
+            victim.yielded = True
+            lease.slot.disconnect()
+
     def _take(self, ticket: Ticket) -> Slot:
         """A free slot, if there is a choice the one that suits the request."""
         conversation = ticket.conversation
@@ -351,6 +368,8 @@ class Scheduler:
         ticket.granted_at = slot.since = trio.current_time()
         self.changed()
         lease = Lease(slot, self)
+        if ticket.yields:
+            self._yielding[lease] = ticket
         if ticket.alone:
             self._alone = lease
             self._set_aside()
@@ -372,6 +391,8 @@ class Scheduler:
     def _released(self, lease: Lease) -> None:
         self.active -= 1
         self.changed()
+        if self._yielding:
+            self._yielding.pop(lease, None)
         if lease.slot.backend is self.backend:
             self._free.append(lease.slot)
             if self._aside:

@@ -53,6 +53,10 @@ class Ticket:
     """Its place in the queue when it arrived; 0 if there was a slot for it."""
     conversation: Conversation | None = None
     """Which one it belongs to, where there is a slot to be chosen for it."""
+    yields: bool = False
+    """Whether it gives its slot to a high one: not once its answer has begun."""
+    yielded: bool = False
+    """Whether it has been told to."""
     waits: Callable[[], None] | None = None
     """Called when there is no slot for it at once; again if it lost the one it got."""
     expected_seconds: float | None = None

@@ -205,7 +205,7 @@ class Exchange:
         try:
             lease, opened = await dispatch(self.registry, ticket, outgoing.attempt, request_id=self.request_id)
         finally:
-            ticket.waits = None
+            ticket.waits, ticket.yields = None, False
             if self.waiting is not None and self.keeper is not None:
                 self.keeper.forget(self.waiting)
         self.registry.keep(ticket.alias, keep_seconds)
@@ -225,8 +225,11 @@ class Exchange:
 
     def _suit(self, talk: Talk, ticket: Ticket, outgoing: Outgoing) -> None:
         """What a request gets whose body we read: a slot that suits it, word while it waits, a llama-server that stops."""
-        if self.registry.config.system.stop_at_once:
+        system = self.registry.config.system
+        yields = system.preempt_low and ticket.priority is Priority.LOW
+        if system.stop_at_once or yields:
             outgoing.stoppable = Stoppable.of(self.asked.path, self.body, talk, stream=self._stream)
+            ticket.yields = yields and outgoing.stoppable is not None  # else llama-server would go on with it
         scheduler = self.registry.models[ticket.alias].scheduler
         if scheduler.chooses:
             ticket.conversation = talk.conversation(self.asked.session)

