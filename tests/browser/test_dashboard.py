@@ -171,6 +171,14 @@ def test_a_phone(page: "Chrome", router: RouterProcess, pictures: Path) -> None:
         )
         assert buttons
         assert max(buttons) <= 390
+        endless = {"tokens": 10_000, "token_seconds": 0.05}
+        pending = router.in_background("swift", stream=True, fake=endless, headers={"X-Request-ID": "mine"}, timeout=60)
+        cancel = (
+            "const found = document.querySelector(`tr[data-request='mine'] button`); if (!found) return 0;"
+            "found.click(); return found.getBoundingClientRect().right"
+        )
+        assert wait_until(lambda: page.execute_script(cancel), timeout_seconds=SECONDS) <= 390
+        assert "request_cancelled" in pending.answer().text
         assert page.save_screenshot(str(pictures / "dashboard-phone.png"))
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
