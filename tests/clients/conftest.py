@@ -14,7 +14,7 @@ ENVIRONMENTS = "TRIO_ROUTER_CLIENTS"
 """Names the folder in which the nox sessions make the clients' environments."""
 KEY = "sk-clients"
 CONTEXT = 12288
-"""Tokens of a slot: what the agents say of themselves before anything else is asked is longer than 8192."""
+"""Tokens of a slot."""
 
 
 @pytest.fixture(scope="session")
