@@ -103,6 +103,7 @@ class Place:
     async def start(self) -> None:
         """Start a router. Raises Violation if it does not come."""
         runtime = {"XDG_RUNTIME_DIR": str(self.runtime), "TMPDIR": str(self.runtime), "CHAOS": str(self.folder)}
+        runtime["XDG_STATE_HOME"] = str(self.folder / "state")
         self.process = start_pinned(
             serve_command(self.folder / "router.toml"),
             None,

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import attrs
@@ -29,6 +30,16 @@ def test_what_was_learned_is_known_at_the_next_start(tmp_path: Path) -> None:
     assert second.model("another") == ModelFacts()
     assert second.driver("server", {"GPU-1": "H100"}).bytes == 55 * MIB
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["memory.json"]
+
+
+def test_what_a_killed_router_left_half_written_is_swept(tmp_path: Path) -> None:
+    old, new = tmp_path / ".memory.json-old", tmp_path / ".memory.json-new"
+    for path in (old, new, tmp_path / "other"):
+        path.write_text("{")
+    os.utime(old, (1, 1))
+    os.utime(tmp_path / "other", (1, 1))
+    Learned(tmp_path).read()
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, "other"}
 
 
 @pytest.mark.parametrize("order", ["load first", "projection first"])

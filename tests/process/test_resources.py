@@ -74,7 +74,22 @@ def test_the_port_is_taken(start_router: StartRouter) -> None:
 
 
 def test_the_folder_for_sockets_cannot_be_written(start_router: StartRouter, tmp_path: Path) -> None:
-    """The only state there is; a path that is no folder stands for one that cannot be written: root writes anywhere."""
+    """A path that is no folder stands for one that cannot be written: root writes anywhere."""
     (tmp_path / "file").touch()
     with pytest.raises(RuntimeError, match="trio-router: "):
         start_router(environment={"TMPDIR": str(tmp_path / "file"), "XDG_RUNTIME_DIR": str(tmp_path / "file")}, qwen=[])
+
+
+@pytest.mark.parametrize("state", ["no folder", "no JSON"])
+def test_state_that_cannot_be_kept_or_read_is_done_without(
+    start_router: StartRouter, tmp_path: Path, state: str
+) -> None:
+    place = tmp_path / "state"
+    if state == "no folder":
+        place.touch()
+    else:
+        place.mkdir()
+        (place / "memory.json").write_text("{half")
+    router = start_router(qwen=[], system={"state_dir": place})
+    assert router.chat("qwen").status_code == 200
+    wait_until(lambda: "what was learned cannot be read" in router.stderr)

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -21,6 +22,10 @@ import structlog
 from trio_router.memory.projection import MIB, Projection
 
 NAME: Final = "memory.json"
+UNFINISHED: Final = f".{NAME}-"
+"""What a file is called while it is written,"""
+UNFINISHED_SECONDS: Final = 60.0
+"""and for how long at most."""
 VERSION: Final = 1
 MAX_BYTES: Final = 4 * 1024 * 1024
 MAX_MODELS: Final = 500
@@ -125,8 +130,13 @@ class Learned:
         return None if self.folder is None else self.folder / NAME
 
     def read(self) -> None:
-        """Take what the file says."""
+        """Take what the file says, and take away what a router left that was killed while it wrote."""
         self.facts = _merged(self._stored(), self.facts)
+        if self.folder is not None:
+            for left in self.folder.glob(f"{UNFINISHED}*"):
+                with suppress(OSError):  # another router's, which has just finished
+                    if time.time() - left.stat().st_mtime > UNFINISHED_SECONDS:
+                        left.unlink()
 
     def save(self) -> None:
         """Write the file, whole or not at all; what another router learned meanwhile stays in it."""
@@ -136,7 +146,7 @@ class Learned:
         content = msgspec.json.format(msgspec.json.encode(self.facts), indent=1)
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=f".{NAME}-", delete=False) as file:
+            with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=UNFINISHED, delete=False) as file:
                 try:
                     file.write(content)
                     file.close()
