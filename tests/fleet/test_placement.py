@@ -248,9 +248,9 @@ def test_7_the_first_end_of_a_turn_is_looked_at_again() -> None:
         model("b", READY, active=1, ready_at=NOW - 1, load_seconds=10.0),
         model("c", OFF, head=head(900.0)),
     ]
-    assert decided(*models, places=2) == Decision(look_again_at=NOW + 9, someone_waits=True)
+    assert decided(*models, places=2) == Decision(look_again_at=NOW + 39, someone_waits=True)
     later = attrs.evolve(models[2], head=head(901.0))
-    assert decided(*models[:2], later, places=2).look_again_at == NOW + 9
+    assert decided(*models[:2], later, places=2).look_again_at == NOW + 39
 
 
 # --- 6, again: busy ones ---------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ async def test_high_ends_a_load(servers: FakeServers, autojump_clock: MockClock)
         await trio.sleep(10)
         fleet.soon("b", 1, name="high", priority=HIGH)
         await trio.sleep(100)
-        assert fleet.of("runs") == ["11 high runs", "62 low runs"]
+        assert fleet.of("runs") == ["11 high runs", "62.5 low runs"]
         assert fleet["a"].supervisor.attempts == 0, "that is no failure"
 
 

@@ -42,8 +42,8 @@ def test_1_what_was_asked_for_by_name_comes_to_be_ready(wish: dict, steps: int) 
         (None, wait(120, NORMAL), False),
         (wait(90, NORMAL), wait(119, HIGH), True),
         (wait(90, NORMAL), wait(120, HIGH), False),  # aged: 90 + 30
-        (wait(90, LOW), wait(119, NORMAL), True),
-        (wait(90, LOW), wait(120, NORMAL), False),
+        (wait(90, LOW), wait(91, NORMAL), False),
+        (wait(110, HIGH), wait(105, NORMAL), False),
         (wait(90, LOW), wait(149, HIGH), True),
         (wait(90, LOW), wait(150, HIGH), False),
         (wait(110, HIGH), wait(105, HIGH), False),
@@ -51,7 +51,7 @@ def test_1_what_was_asked_for_by_name_comes_to_be_ready(wish: dict, steps: int) 
     ],
 )
 @pytest.mark.parametrize("was_ready", [True, False])
-def test_2_higher_priority_ends_a_turn_and_a_load(own: Head | None, claim: Head, ends: bool, was_ready: bool) -> None:
+def test_2_high_priority_ends_a_turn_and_a_load(own: Head | None, claim: Head, ends: bool, was_ready: bool) -> None:
     place = Place(head=own, active=1, was_ready=was_ready)
     assert (due(place, claim, RULES) == -math.inf) == ends
 
@@ -97,7 +97,7 @@ def test_6_the_bound_is_also_that_of_a_long_turn() -> None:
     assert due(Place(last_used=119.9, load_seconds=50), wait(101), rules) == 106
 
 
-def test_a_turn_is_as_long_as_a_load_if_nothing_is_said() -> None:
-    assert turn_seconds(Place(load_seconds=7), TurnRules()) == 7
+def test_a_turn_is_four_loads_long_if_nothing_is_said() -> None:
+    assert turn_seconds(Place(load_seconds=7), TurnRules()) == 28
     assert turn_seconds(Place(load_seconds=0.1), TurnRules()) == MIN_TURN_SECONDS
     assert turn_seconds(Place(load_seconds=7), TurnRules(min_turn=0.0)) == 0

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.process
 
 SECONDS = float(os.environ.get("TRIO_ROUTER_REPLAY_SEC", "12"))
 TOLERANCE = 0.15 if SECONDS >= 120 else 0.35
-RATE = 4.0
+RATE = 2.5
 SEED = 3
 
 

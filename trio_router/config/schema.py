@@ -91,8 +91,8 @@ class SystemConfig:
     aging_sec: float = attrs.field(default=30.0, validator=Within(above=0))
     """A waiting request moves up one priority for each of these it has waited."""
     min_turn_sec: float | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=0)))
-    """A model just loaded keeps its place this long while others wait for it; None: as long as its load took, at least
-    half a second."""
+    """A model just loaded keeps its place this long while others wait for it; None: four times what its load took, at
+    least half a second."""
     max_swap_wait_sec: float = attrs.field(default=30.0, validator=Within(above=0))
     """No request waits longer than this for another model's turn to end."""
     vram_multiplier: float = attrs.field(default=1.1, validator=Within(minimum=1))

@@ -8,10 +8,10 @@ who wait for it wait on, with the keys they have.
 The cases, in order; the numbers stand beside the code that is their case:
 
 1. Somebody asked for the resident by name, or it is on the preload list, and it is not ready yet: never.
-2. Higher priority ends a turn, and a load too, at once: a claim whose best priority is better than that of all who
-   wait for the resident, if they are not older than it by their keys. (Aging: low that has waited long enough
-   outranks high that comes now. So nobody's load is given up again and again.) Where nobody waits, this is so for
-   high only.
+2. High priority ends a turn, and a load too, at once: a claim of somebody with high priority, unless somebody waits
+   for the resident who has it too, or is older by their keys. (Aging: low that has waited long enough outranks high
+   that comes now. So nobody's load is given up again and again.) Normal does not do that to low: what low waits for
+   takes mostly less than the loads it would cost.
 3. A resident that has not been ready yet in its stay is waited for.
 4. An idle one yields when its turn is over, and before that when it was idle for as long as the next request for it
    is worth to be waited for: `IDLE_SHARE` of what its load took, at least `IDLE_SECONDS`. One that nobody used since
@@ -28,7 +28,9 @@ from typing import Protocol
 import attrs
 
 MIN_TURN_SECONDS = 0.5
-"""Shortest turn where router.toml says nothing."""
+TURN_LOADS = 4.0
+"""Where router.toml says nothing a turn is so many times what the load took, at least that long: so at most a fifth of
+the time goes into loads while there is work. (`benchmarks/policies.py` compares others.)"""
 IDLE_SECONDS = 0.5
 IDLE_SHARE = 0.25
 
@@ -50,7 +52,7 @@ class TurnRules:
     """The bounds of router.toml."""
 
     min_turn: float | None = None
-    """Seconds; None: what the model's load took, at least `MIN_TURN_SECONDS`."""
+    """Seconds; None: by what the model's load took."""
     max_swap_wait: float = math.inf
     """Seconds."""
 
@@ -78,7 +80,7 @@ class Resident(Protocol):
 
 def turn_seconds(resident: Resident, rules: TurnRules) -> float:
     """How long its turn is."""
-    return max(MIN_TURN_SECONDS, resident.load_seconds) if rules.min_turn is None else rules.min_turn
+    return max(MIN_TURN_SECONDS, TURN_LOADS * resident.load_seconds) if rules.min_turn is None else rules.min_turn
 
 
 def due(resident: Resident, claim: Head | None, rules: TurnRules) -> float:
@@ -86,8 +88,7 @@ def due(resident: Resident, claim: Head | None, rules: TurnRules) -> float:
     if resident.asked or resident.preload:
         return math.inf  # 1
     own = resident.head
-    rank = 1 if own is None else own.steps
-    if claim is not None and claim.steps < rank and (own is None or claim.key < own.key):
+    if claim is not None and claim.steps == 0 and (own is None or (own.steps > 0 and claim.key < own.key)):
         return -math.inf  # 2
     if not resident.was_ready:
         return math.inf  # 3
