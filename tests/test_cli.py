@@ -269,3 +269,24 @@ def test_facts_go_through_unchanged(llama_server, served):
     main(["serve", "--port", "1"], {})
     first, second = served
     assert attrs.evolve(second.config, api=first.config.api) == first.config
+
+
+def test_check_for_programs(llama_server, capsys):
+    write(system={"llama_server_path": llama_server, "default_parallel": 3})
+    assert main(["check", "--json"], {}) == 0
+    told = json.loads(capsys.readouterr().out)
+    (model,) = told["models"]
+    assert (model["alias"], model["slots"], told["problems"]) == ("m", "3", [])
+    Path("router.toml").write_text("[api]\nport = -1\n[models.m]\nmodel_path = 3\n")
+    assert main(["check", "--json"], {}) == 2
+    out, err = capsys.readouterr()
+    assert [(each["key"], each["line"]) for each in json.loads(out)["problems"]] == [
+        ("api.port", 2), ("models.m.model_path", 4),
+    ]  # fmt: skip
+    assert err == ""
+
+
+def test_a_simulation_with_a_wrong_configuration(here, capsys):
+    Path("router.toml").write_text("[api]\nport = -1\n")
+    assert main(["simulate", "trace.jsonl"], {}) == 78
+    assert "api.port" in capsys.readouterr().err

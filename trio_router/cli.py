@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 CLEAN = 0
 BAD_CONFIG = 2
+"""Of `serve` and `check`."""
+EX_CONFIG = 78
+"""Of all others: sysexits' word for it."""
 
 _DEFAULT_CONFIG = "router.toml"
 _DEFAULT_URL = "http://127.0.0.1:8000"
@@ -49,10 +52,12 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
     try:
         config = read()
     except ConfigError as error:
+        if options.command == "check":
+            return _checked([], error.problems, as_json=options.as_json)
         _print_problems(error.problems)
-        return BAD_CONFIG
+        return EX_CONFIG if options.command == "simulate" else BAD_CONFIG
     if options.command == "check":
-        return _check(config, environ, ask=options.ask)
+        return _check(config, environ, ask=options.ask, as_json=options.as_json)
     if options.command == "simulate":
         from trio_router.commands.simulate import simulate_trace  # noqa: PLC0415
 
@@ -99,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--ask", action="store_true", help="have llama-server say what each model needs, if nobody knows"
     )
+    check.add_argument("--json", dest="as_json", action="store_true", help="for programs")
     return parser
 
 
@@ -286,13 +292,23 @@ def _serve(
     return tree.main(config, server, read, log_format=options.log_format, log_level=options.log_level)
 
 
-def _check(config: "RouterConfig", environ: Mapping[str, str], *, ask: bool) -> int:
+def _check(config: "RouterConfig", environ: Mapping[str, str], *, ask: bool, as_json: bool) -> int:
     """Print what each model would need, and everything that is wrong."""
     from trio_router.commands.check import check  # noqa: PLC0415
 
-    rows, problems = check(config, environ, ask=ask)
-    _print_table(rows)
-    _print_problems(problems)
+    return _checked(*check(config, environ, ask=ask), as_json=as_json)
+
+
+def _checked(rows: Sequence[tuple[str, ...]], problems: "Sequence[Problem]", *, as_json: bool) -> int:
+    if as_json:
+        head, *models = rows or [()]
+        table = [dict(zip(map(str.lower, head), model, strict=True)) for model in models]
+        told = [{name: getattr(problem, name) for name in ("file", "line", "key", "message")} for problem in problems]
+        _say(json.dumps({"models": table, "problems": told}, indent=2), sys.stdout)
+    else:
+        if rows:
+            _print_table(rows)
+        _print_problems(problems)
     return BAD_CONFIG if problems else CLEAN
 
 
