@@ -138,6 +138,17 @@ def test_a_model_that_comes_and_goes(both: tuple[Server, Server]) -> None:
     assert found[0][7]["meta"] == found[1][7]["meta"]
 
 
+def test_one_models_metrics(ours: Server) -> None:
+    """Theirs say 501 unless llama-server is started with `--metrics`, which ours always are."""
+    answer = ours.ask("GET", "/metrics?model=two")
+    assert answer.status_code == 200
+    assert "llamacpp:prompt_tokens_total" in answer.text
+    assert "router_requests_total" in ours.ask("GET", "/metrics").text
+    assert ours.ask("GET", "/metrics?model=nobody").status_code == 404
+    ours.ask("POST", "/models/unload", {"model": "two"})
+    ours.until("two", "unloaded")
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [

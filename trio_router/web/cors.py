@@ -7,7 +7,8 @@ from trio_router.web.admission import Admission
 
 ALLOWED_METHODS: Final = b"GET, POST, OPTIONS"
 ALLOWED_HEADERS: Final = (
-    b"Authorization, Content-Type, Last-Event-ID, X-Api-Key, X-Request-ID, X-Request-Priority, "
+    # any, as far as a browser knows the star: OpenAI's and Anthropic's clients send a dozen that describe themselves
+    b"*, Authorization, Content-Type, Last-Event-ID, X-Api-Key, X-Request-ID, X-Request-Priority, "
     b"OpenAI-Organization, OpenAI-Project"
 )
 EXPOSED_HEADERS: Final = b"X-Request-ID, Request-ID, X-Queue-Time-Ms, Retry-After, X-Should-Retry"

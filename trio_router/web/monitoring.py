@@ -18,6 +18,7 @@ from trio_router.telemetry.exposition import PLAIN, merge
 from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.snapshot import telemetry_summary
 from trio_router.telemetry.summary import Summary
+from trio_router.web.llama_router import loaded, passed_on
 from trio_router.web.responses import json_response
 
 RETRY_AFTER = "1"
@@ -81,6 +82,9 @@ def _add_prometheus(app: QuartTrio, registry: Registry, devices: DeviceMonitor, 
 
     @app.get("/metrics")
     async def own_metrics() -> Response:
+        alias = request.args.get("model")
+        if alias is not None:  # llama-server's own router means that model's
+            return await passed_on(await loaded(registry, alias), "/metrics")
         accept = request.headers.get("Accept")
         body, content_type = await metrics.render(accept, registry.facts(), devices.snapshot)
         return Response(body, content_type=content_type)
