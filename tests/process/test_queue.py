@@ -1,7 +1,10 @@
 """Slots, order, bounds of the queue."""
 
+import os
+import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -145,4 +148,22 @@ def test_queue_timeout_covers_loading(start_router: StartRouter) -> None:
     answer = router.chat("qwen")
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "queue_timeout")
     router.wait_for_status("qwen", status="off")  # nobody waits for the load any more
+    assert router.servers() == {}
+
+
+def test_replicas_serve_one_queue(start_router: StartRouter, record: Record, header_gguf: Path) -> None:
+    """A second llama-server is loaded when somebody waits; one that is killed takes only its own request along."""
+    gate = record.path.with_name("gate")
+    model = {"model_path": header_gguf, "flags": record.flags, "replicas": 2}
+    router = start_router(models={"qwen": model})
+    pending = [router.in_background("qwen", fake={"hold_until": str(gate)}) for _ in range(3)]
+    router.wait_for_status("qwen", active=2, queued=1)
+    status = router.status("qwen")
+    [replica] = status["replicas"]
+    assert (status["status"], replica["status"], replica["active"]) == ("ready", "ready", 1)
+    assert {status["pid"], replica["pid"]} == set(router.servers())
+    os.kill(replica["pid"], signal.SIGKILL)
+    gate.touch()
+    assert [each.answer().status_code for each in pending] == [200, 200, 200]
+    assert router.client().post("/v1/models/eject", json={"model": "qwen"}).status_code == 200
     assert router.servers() == {}
