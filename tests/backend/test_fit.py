@@ -1,6 +1,7 @@
 import pytest
 
 from trio_router.backend.fit import fit_environment
+from trio_router.memory.settings import may_shrink
 
 OFF = {"LLAMA_ARG_FIT": "off"}
 TALK = {"LLAMA_ARG_LOG_VERBOSITY": "4"}
@@ -23,3 +24,11 @@ def test_else_it_is_asked_what_it_chose(flags: str) -> None:
 )
 def test_flags_of_the_models_own_stand_above(flags: str) -> None:
     assert fit_environment(flags.split(), gpu=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "shrinks"),
+    [("-c 512 -ngl 99", False), ("-c 512", True), ("", True), ("--fit off", False), ("-c 512 -ngl 99 --fit on", True)],
+)
+def test_whether_it_may_be_made_smaller(flags: str, shrinks: bool) -> None:
+    assert may_shrink(flags.split()) is shrinks

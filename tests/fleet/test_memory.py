@@ -62,6 +62,10 @@ async def _inline(sample: Callable[[], Any]) -> Any:
     return sample()
 
 
+SAID = ("-c", "512", "-ngl", "99")
+"""With these llama-server makes a model no smaller than it is."""
+
+
 @asynccontextmanager
 async def hungry(host: float = 0, *, others: float = 0, **sizes: Any) -> AsyncIterator[tuple[Fleet, HungryServers]]:
     """Models of so many GiB on one GPU of 24; what is no float is a key of `[system]`."""
@@ -75,7 +79,9 @@ async def hungry(host: float = 0, *, others: float = 0, **sizes: Any) -> AsyncIt
         await nursery.start(devices.run)
         async with running(servers, dict.fromkeys(models, 1), devices, **system) as fleet:
             for alias, size in models.items():
-                fleet[alias].footprint = footprint(size, host)
+                model = fleet[alias]
+                model.config = model.supervisor.model = attrs.evolve(model.config, flags=SAID)
+                model.footprint = footprint(size, host)
             yield fleet, servers
         nursery.cancel_scope.cancel()
 

@@ -60,7 +60,8 @@ class RouterProcess:
         if shell != 'exec "$@"':  # a limit, or another place for what it says
             self.command = ["/bin/sh", "-c", shell, "sh", *self.command]
         self._run = uuid.uuid4().hex
-        self.environment = clean_environment({**(environment or {}), MARK: self._run})
+        learned = {"XDG_STATE_HOME": str(self.folder / "state")}  # nothing that another test learned
+        self.environment = clean_environment({**learned, **(environment or {}), MARK: self._run})
         self.may_log_traceback = False
         self.url = ""
         self.port = 0

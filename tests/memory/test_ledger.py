@@ -83,6 +83,18 @@ def test_what_left_comes_until_it_is_seen() -> None:
     assert ledger.room(sample(24, at=5), None, 5).changes_at == math.inf
 
 
+def test_a_load_since_hides_what_became_free() -> None:
+    """Seen on an H100: the memory is back at once, the next model takes it, and free never rises."""
+    ledger = Ledger()
+    ledger.reserve("a", spot(8), sample(24, at=0))
+    ledger.ready("a", 1)
+    ledger.left("a", sample(16, at=2), 3)
+    ledger.reserve("b", spot(8), sample(16, at=2))
+    ledger.ready("b", 3.2)
+    assert free(ledger, sample(16, at=3.4), 3.4) == (16, 8, 24), "it may still come"
+    assert free(ledger, sample(16, at=3.6), 3.6) == (16, 0, 24)
+
+
 def test_but_not_for_ever() -> None:
     ledger = Ledger()
     ledger.reserve("a", spot(8), sample(24, at=0))

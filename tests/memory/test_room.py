@@ -84,6 +84,20 @@ def test_4_each_needs_its_own_fixed_part() -> None:
     assert room(10, 10).spot(need(17, fixed_bytes=4 * GIB)) is None
 
 
+def test_5_one_that_may_be_made_smaller_gets_a_device_to_itself() -> None:
+    large = need(40, shrinks=True)
+    assert room(8, 12).spot(need(40, shrinks=True)) == Spot(bytes={1: 12 * GIB}, devices=(1,))
+    alone = room(24)
+    assert alone.spot(large) == Spot(bytes={0: 24 * GIB}, devices=(0,))
+    assert alone.never(large) is None
+    assert alone.never(need(40)) is not None
+    crowded = room(10, most=(24,))
+    assert crowded.spot(large) is None
+    assert crowded.spot_soon(large, {0: 14 * GIB}) == Spot(bytes={0: 24 * GIB}, devices=(0,))
+    assert crowded.spot(need(20, shrinks=True)) is None, "it would fit whole, later"
+    assert room(4, ram=1).spot(need(9, host_bytes=2 * GIB, shrinks=True)) is None
+
+
 def test_never_says_what_is_short() -> None:
     assert room(2, most=(8,)).never(need(7)) is None
     assert room(2, most=(8,)).never(need(9)) == Shortage(required_bytes=9 * GIB, available_bytes=8 * GIB)

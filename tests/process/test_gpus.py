@@ -42,7 +42,7 @@ class Gpus:
             table = dict(given) if isinstance(given, dict) else {"vram_mb": given}
             # a server that says nothing is not asked what it would take; by its context each is a model of its own,
             # of which nothing is learned from another's load
-            flags = ["--log-disable", "-c", str(table["vram_mb"]), *table.pop("flags", [])]
+            flags = ["--log-disable", "-ngl", "99", "-c", str(table["vram_mb"]), *table.pop("flags", [])]
             tables[alias] = {"model_path": self.model, "flags": flags, **table}
         self.say(models={alias: table["vram_mb"] for alias, table in tables.items()} | self.world.get("models", {}))
         return self.start(

@@ -10,10 +10,9 @@ Both go by environment: a llama-server that knows nothing of them is not disturb
 from collections.abc import Sequence
 from typing import Final
 
-from trio_router.config.flags import flag_name, last_value
-from trio_router.memory.settings import CONTEXT, GPU_LAYERS
+from trio_router.config.flags import flag_name
+from trio_router.memory.settings import FIT, says_all
 
-FIT: Final = frozenset({"-fit", "--fit"})
 VERBOSITY: Final = frozenset({"-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-disable"})
 PROJECTING: Final = ("--fit", "on", "-lv", "4")
 """Flags that have a llama-server say what it would take; they come last, and so stand above all others."""
@@ -27,9 +26,3 @@ def fit_environment(flags: Sequence[str], *, gpu: bool) -> dict[str, str]:
     if says_all(flags):
         return {} if names & FIT else {"LLAMA_ARG_FIT": "off"}
     return {"LLAMA_ARG_LOG_VERBOSITY": "4"} if gpu and not names & VERBOSITY else {}
-
-
-def says_all(flags: Sequence[str]) -> bool:
-    """Whether context and layers are both said, so that nothing is left to `--fit`."""
-    layers = last_value(flags, GPU_LAYERS)
-    return last_value(flags, CONTEXT) is not None and layers is not None and layers != "auto" and layers[:1] != "-"

@@ -31,6 +31,8 @@ from trio_router.memory.room import RAM, Room, Spot
 MIB: Final = 1024 * 1024
 SEEN_SECONDS: Final = 5.0
 """How long the memory of a model that left is waited for. Measured on one H100: at once."""
+HIDDEN_SECONDS: Final = 0.5
+"""How long, when others were loaded since: what they took hides what became free."""
 SEEN_SHARE: Final = 0.85
 """Of what a model had reserved: with so much free again it counts as gone. Projections may be too large."""
 RAM_SHARE: Final = 0.9
@@ -153,8 +155,11 @@ class Ledger:
         kept = []
         for gone in self._gone:
             sampled = devices.seen_at > gone.left_at
+            # loads since hide it: they may have taken all of theirs from it
+            late = devices.seen_at >= gone.left_at + HIDDEN_SECONDS
+            loads = [one for one in self.held.values() if late and not one.settled(gone.left_at)]
             seen = all(
-                shown.get(device, math.inf) >= gone.free_before.get(device, 0) + SEEN_SHARE * size
+                shown.get(device, math.inf) + _on(device, loads) >= gone.free_before.get(device, 0) + SEEN_SHARE * size
                 for device, size in gone.bytes.items()
             )
             if not sampled or (not seen and now < gone.left_at + SEEN_SECONDS):

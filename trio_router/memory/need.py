@@ -14,7 +14,7 @@ from trio_router.config.flags import flag_name, last_value
 from trio_router.config.schema import ModelConfig
 from trio_router.memory.footprint import Footprint, Place
 from trio_router.memory.room import Need
-from trio_router.memory.settings import DEVICE
+from trio_router.memory.settings import DEVICE, may_shrink
 
 TENSOR_SPLIT: Final = frozenset({"-ts", "--tensor-split"})
 SPLIT_MODE: Final = frozenset({"-sm", "--split-mode"})
@@ -36,6 +36,7 @@ def need_of(
         fixed_bytes=math.ceil(min(fixed, footprint.device_bytes) * factor),
         host_bytes=math.ceil(footprint.host_bytes * factor),
         devices=model.gpu,
+        shrinks=may_shrink(model.flags),
         shares=_shares(model.flags, model.gpu or gpu_devices),
     )
 

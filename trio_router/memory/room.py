@@ -10,6 +10,8 @@ How a spot is found, in order:
 3. One device takes all of it if one can: of those that can, the one that has the least left over (best fit).
 4. Else it is split over as few devices as can take it, by what each has free. Each of them needs its own driver and
    compute buffers (`Need.fixed_bytes`), and layers are not cut, so a part may be a little more than its share.
+5. A model that is larger than all there can be, and that llama-server may make smaller (`Need.shrinks`), gets the roomiest
+   device to itself.
 """
 
 import math
@@ -20,6 +22,8 @@ import attrs
 
 RAM: Final = -1
 """The host's memory, beside NVML's indices."""
+NEARLY_ALL: Final = 0.95
+"""Of what there can be on a device, so much free is a device to oneself."""
 LAYER_SLACK: Final = 1.05
 """How much more than its share a device of several may get: whole layers are dealt out."""
 
@@ -35,6 +39,8 @@ class Need:
     host_bytes: int = 0
     devices: tuple[int, ...] | None = None
     """GPUs it may be on; None: any."""
+    shrinks: bool = False
+    """Whether llama-server makes it smaller when memory is short: its flags leave context or layers open."""
     shares: Mapping[int, float] | None = None
     """How its flags spread it over GPUs, as parts of 1; None: that is for us to say."""
 
@@ -118,6 +124,22 @@ class Room:
     def _place(self, need: Need | None, free: Mapping[int, int]) -> Spot | None:
         if need is None:
             return Spot()
+        spot = self._whole(need, free)
+        if spot is None and need.shrinks and need.shares is None and self._whole(need, self.most) is None:
+            return self._shrunk(need, free)  # 5
+        return spot
+
+    def _shrunk(self, need: Need, free: Mapping[int, int]) -> Spot | None:
+        told = [device for device in self._allowed(need) if device in self.devices and self.most.get(device, 0) > 0]
+        if not told or need.host_bytes > free.get(RAM, need.host_bytes):
+            return None
+        device = max(told, key=lambda one: self.most[one])
+        if free.get(device, 0) < NEARLY_ALL * self.most[device]:
+            return None
+        host = {RAM: need.host_bytes} if need.host_bytes else {}
+        return Spot(bytes={device: min(free[device], self.most[device]), **host}, devices=(device,))
+
+    def _whole(self, need: Need, free: Mapping[int, int]) -> Spot | None:
         if need.host_bytes > free.get(RAM, need.host_bytes):
             return None  # 1
         host = {RAM: need.host_bytes} if need.host_bytes else {}

@@ -36,6 +36,21 @@ PROJECTOR: Final = frozenset({"-mm", "--mmproj"})
 DRAFT: Final = frozenset({"-md", "--model-draft", "--spec-draft-model"})
 
 
+FIT: Final = frozenset({"-fit", "--fit"})
+
+
+def says_all(flags: Sequence[str]) -> bool:
+    """Whether context and layers are both said, so that nothing is left to llama-server's `--fit`."""
+    layers = last_value(flags, GPU_LAYERS)
+    return last_value(flags, CONTEXT) is not None and layers is not None and layers != "auto" and layers[:1] != "-"
+
+
+def may_shrink(flags: Sequence[str]) -> bool:
+    """Whether llama-server makes the model smaller when memory is short: by `--fit`, which we turn off if all is said."""
+    fit = last_value(flags, FIT)
+    return not says_all(flags) if fit is None else fit != "off"
+
+
 @attrs.frozen(kw_only=True)
 class MemorySettings:
     """How one model is loaded, as far as memory goes."""
