@@ -68,10 +68,13 @@ def test_a_child_does_not_get_what_is_not_its_business():
         "PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1", "GGML_VK_VISIBLE_DEVICES": "0", "LD_LIBRARY_PATH": "/x",
         "LLAMA_ARG_HOST": "0.0.0.0", "LLAMA_API_KEY": "theirs", "LLAMA_SERVER_ROUTER_PORT": "1",
         "API_KEY": "secret", "OPENAI_API_KEY": "sk", "HF_TOKEN": "hf", "aws_secret_access_key": "s", "DB_PASSWORD": "p",
-        "Credentials": "c",
+        "Credentials": "c", "DB_PASS": "p", "PASS": "p", "SSH_AUTH_SOCK": "/s", "PRIVATE": "p", "SESSION_COOKIE": "c",
+        "DATABASE_URL": "postgres://me:pw@db/x", "HTTPS_PROXY": "http://u:p@proxy:1", "BYPASSED": "1", "NO_PROXY": "a:1",
+        "REPOSITORY": "https://me@example.org/x",
     }  # fmt: skip
     assert child_environment(own, {}, None) == {
         "PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "1", "GGML_VK_VISIBLE_DEVICES": "0", "LD_LIBRARY_PATH": "/x",
+        "BYPASSED": "1", "NO_PROXY": "a:1", "REPOSITORY": "https://me@example.org/x",
     }  # fmt: skip
 
 

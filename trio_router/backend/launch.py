@@ -16,7 +16,8 @@ from trio_router.config import LlamaServer, last_value, unusable_reason
 from trio_router.config.schema import BackendTransport, ModelConfig
 from trio_router.memory.room import Spot
 
-SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
+SECRET = re.compile(r"(?i)key|token|secret|passw|passphrase|pass(?:_|$)|credential|auth|private|cookie")
+USER_IN_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 PARALLEL = ("-np", "--parallel")
 
 
@@ -28,10 +29,14 @@ def child_environment(own: Mapping[str, str], server: Mapping[str, str], key: st
     """What a child gets to know: our environment less what would change its behaviour or is a secret.
 
     `LLAMA_*` set flags behind the configuration's back (container images set `LLAMA_ARG_HOST`); a variable whose
-    name sounds like a secret is none of the child's business. `server` is what its package asks for; `key` goes
+    name sounds like a secret, or that holds a URL with a password, is none of the child's business. `server` is what its package asks for; `key` goes
     by environment because a command line is world-readable.
     """
-    kept = {name: value for name, value in own.items() if not name.startswith("LLAMA_") and not SECRET.search(name)}
+    kept = {
+        name: value
+        for name, value in own.items()
+        if not name.startswith("LLAMA_") and not SECRET.search(name) and not USER_IN_URL.search(value)
+    }
     kept.update(server)
     if key is not None:
         kept["LLAMA_API_KEY"] = key
