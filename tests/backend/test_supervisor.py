@@ -298,7 +298,7 @@ async def test_a_crash_is_healed_and_those_who_use_it_are_told(stage, fake_llama
 
 
 async def test_crash_after_crash_is_a_failure_that_a_reset_forgives(stage, fake_llama):
-    on = stage(fake_llama, "--fake-exit-after-ready", "0.1", attempts=100)
+    on = stage(fake_llama, "--fake-exit-after-ready", "0.5", attempts=100)
     await on.run()
     assert on.gate.record.count("opened") == module.MAX_CRASHES
     assert on.supervisor.state is State.FAILED

@@ -99,8 +99,7 @@ class FakeServer:
 
     # --- BackendClient, and `until_ready` and `watch`, which use it
 
-    async def props(self) -> dict[str, Any]:
-        await trio.lowlevel.checkpoint()
+    async def props(self) -> dict[str, Any]:  # at once: virtual times are those of loads alone
         if self.plan.context is None:
             raise NoAnswer("/props answered 501")
         return {"default_generation_settings": {"n_ctx": self.plan.context}}

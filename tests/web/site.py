@@ -278,6 +278,8 @@ async def open_site(
                 tail=LogTail(),
                 client=BackendClient(None),
                 model_file=folder / "q.gguf",
+                genuine=True,
+                pins=True,
             )
             site.backend.patience_seconds = config.system.request_timeout_sec
             site.backend.open_slots(slots)

@@ -62,7 +62,9 @@ class Backend:
     patience_seconds: float = math.inf
     """Longest silence in the middle of a request."""
     slots: tuple[Slot, ...] = ()
-    pins: bool = True
+    genuine: bool = False
+    """Whether it says which build of llama.cpp it is: what stands in its place gets requests as they came."""
+    pins: bool = False
     """Whether its slots are ours, number by number: a request can be told which one to use."""
     lost: str | None = None
     """Why it is gone, once it is."""

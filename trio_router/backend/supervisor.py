@@ -24,6 +24,7 @@ next request has it tried once more (`try_again`): one failure, and it is `faile
 
 import math
 import random
+import re
 import signal
 import time
 from functools import partial
@@ -62,6 +63,10 @@ MAX_CRASHES = 5
 """Deaths after readiness, with no request answered between them, that make a model `failed`."""
 BACKOFF_SECONDS = 0.25
 MAX_BACKOFF_SECONDS = 30.0
+PROPERTIES_SECONDS = 0.25
+"""How long a llama-server may take to say what it is, before requests are let in: 2 ms are usual."""
+BUILD = re.compile(r"b[0-9]+")
+"""How llama.cpp names its builds, in /props."""
 LAST_WORDS_LINES = 12
 MAX_RETRY_AFTER_SECONDS = 3600
 JOURNAL_LINES = 1000
@@ -399,6 +404,7 @@ class Supervisor:
                 patience_seconds=self.settings.request_timeout_seconds,
             )
             self.backend.open_slots(self.model.slots)
+            await self._learn(self.backend)
             self.load_seconds = trio.current_time() - spawned
             self.loading_since = None
             self.ready_at = time.time()
@@ -416,24 +422,35 @@ class Supervisor:
             async def until_stuck() -> None:
                 backend.condemn(await until_stalled(backend, self.settings.stall_timeout_seconds))
 
-            for task in (until_ill, until_stuck, partial(expire_silent, backend), partial(self._learn, backend)):
+            for task in (until_ill, until_stuck, partial(expire_silent, backend), partial(self._learn_more, backend)):
                 life.start_soon(task)
             return await backend.until_condemned()
 
     async def _learn(self, backend: Backend) -> None:
-        """Ask what was loaded; a server that does not say is no worse a server."""
+        """Ask what was loaded; a server that does not say, or not soon, is no worse a server."""
         try:
-            props = await backend.client.props()
-            self.meta = await backend.client.meta()
+            with trio.move_on_after(PROPERTIES_SECONDS) as patience:
+                props = await backend.client.props()
         except NoAnswer as error:
             log.warning("no properties", model=self.model.alias, error=str(error))
             return
-        backend.pins = props.get("total_slots") == len(backend.slots)
+        if patience.cancelled_caught:
+            log.warning("no properties", model=self.model.alias, error=f"none within {PROPERTIES_SECONDS:g} s")
+            return
+        build = props.get("build_info")
+        backend.genuine = isinstance(build, str) and BUILD.match(build) is not None
+        backend.pins = backend.genuine and props.get("total_slots") == len(backend.slots)
         settings = props.get("default_generation_settings")
         context = settings.get("n_ctx") if isinstance(settings, dict) else None
         if isinstance(context, int):
             backend.context = self.context = context
-            self.events.emit(ModelChanged(alias=self.model.alias))
+
+    async def _learn_more(self, backend: Backend) -> None:
+        """What nobody waits for."""
+        try:
+            self.meta = await backend.client.meta()
+        except NoAnswer as error:
+            log.warning("no description", model=self.model.alias, error=str(error))
 
     def _tell_exit(self, *, exited: bool, unhealthy: bool, code: int | None) -> ExitKind:
         kind = (

@@ -121,7 +121,7 @@ class Outgoing:
         """
         self.slot = slot
         key = slot.backend.address.key
-        stoppable = None if self.stoppable is None else self.stoppable.unless(slot.backend.unstoppable)
+        stoppable = None if self.stoppable is None else self.stoppable.on(slot.backend)
         body = self.body if stoppable is None else stoppable.body
         if self.pinned and slot.backend.pins:
             body = in_slot(body, slot.index)

@@ -8,7 +8,8 @@ a line after each batch of the prompt, and one for each token.
 Unless `system.stop_at_once` is off, that is asked for in the place of what the client asked for. The lines on progress
 are left out again; a whole answer is put together from its stream as llama-server would have written it: in the same
 order, and with its own numbers, digit by digit. A stream that no whole can be made from is asked for again as the client
-did, and so is what comes after it on the same path, until there is another llama-server.
+did, and so is what comes after it on the same path, until there is another llama-server. Whatever stands in a
+llama-server's place, and does not say in `/props` which build of llama.cpp it is, gets every request as it came.
 
 Whole answers to requests with tools are not asked for so: the calls come in pieces that say less than the whole. Nor are
 streams of several answers, among whose lines those on progress come at any time. Of other paths only the Responses API's
@@ -16,12 +17,13 @@ stream says how far it is.
 """
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 import attrs
 import msgspec
 
+from trio_router.backend.backend import Backend
 from trio_router.backend.connection import AnswerHead, Connection, Headers
 from trio_router.web.admission import Talk
 
@@ -72,9 +74,9 @@ class Stoppable:
             end -= 1
         return b"".join((memoryview(self.source)[: end - 1], more))
 
-    def unless(self, paths: Container[str]) -> "Stoppable | None":
-        """None for one whose whole answer cannot be put together: those at `paths`."""
-        return None if self.whole and self.path in paths else self
+    def on(self, backend: Backend) -> "Stoppable | None":
+        """None where the request is to be sent as it is: to who is no llama-server, or makes no whole of such answers."""
+        return None if not backend.genuine or (self.whole and self.path in backend.unstoppable) else self
 
     async def begin(self, connection: Connection, head: AnswerHead) -> tuple[AnswerHead, bytes]:
         """The answer's head, and the first bytes of it, as the client is to have them. Raises BackendLost, NotWhole."""
