@@ -66,7 +66,11 @@ class Misfortune:
             await trio.sleep(self.random.uniform(0.1, 1.2))
             fault = first.pop() if first else self.random.choices(kinds, weights)[0]
             self.happened(fault.__name__.replace("_", " "))
-            await fault()
+            try:
+                await fault()
+            except Violation as error:  # it did not start again
+                self.ledger.violation(str(error))
+                return
             self.most_resident_bytes = max(self.most_resident_bytes, resident_bytes([self.place.process.pid]))
 
     def happened(self, what: str) -> None:

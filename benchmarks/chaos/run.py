@@ -96,7 +96,7 @@ class Chaos:
         """Ask, and ask again; leave in the middle now and then."""
         async with Line.to(self.place.port) as line:
             while trio.current_time() < until:
-                if self.place.down:
+                if self.place.down:  # if it never comes again, the time is over once
                     line.hang_up()
                     await trio.sleep(0.05)
                     continue
