@@ -109,11 +109,14 @@ def test_room_is_made_and_seen(gpus: Gpus) -> None:
     began = time.monotonic()
     assert router.chat("c", timeout=30).status_code == 200
     assert time.monotonic() - began > 1.0, "it waited until the memory was seen free"
-    assert sorted(router.servers().values()) == ["b", "c"]
     told = router.get("/vram").json()
+    reserved = {model["model_alias"]: model["reserved_mb"]["0"] for model in told["models"]}
+    # one of a and b left, that whose load took less of the time since it was used
+    assert sorted(router.servers().values()) == sorted(reserved)
+    assert reserved.pop("c") == 12000
     # b is a again: the same file and flags. So what a took was known, and 32 are reserved for what it may take in use
-    assert told["gpus"][0]["reserved_mb"] == 22032
-    assert {model["model_alias"]: model["reserved_mb"]["0"] for model in told["models"]} == {"b": 10032, "c": 12000}
+    assert reserved in ({"a": 10000}, {"b": 10032})
+    assert told["gpus"][0]["reserved_mb"] == 12000 + sum(reserved.values())
     assert told["can_load_more"] is False
     assert router.status("c")["reserved_mb"]["0"] == 12000
     metrics = samples(router.get("/metrics").text)
