@@ -179,7 +179,7 @@ async def test_how_long_until_a_model_is_there(servers, autojump_clock: MockCloc
         assert left == pytest.approx(20 - (12 - 8), abs=0.5)
         assert b.opens_in() == pytest.approx(left + 5.0)
         fleet.soon("b")
-        await trio.sleep(left + 2)
+        await trio.sleep(left + 3)  # it stays for a quarter of its load
         assert b.state.value == "loading"
         assert b.opens_in() == pytest.approx(5.0, abs=2.5)
         assert math.isfinite(b.idle_in() or 0.0)

@@ -61,4 +61,4 @@ async def test_who_stays_makes_room_all_the_same(autojump_clock: MockClock) -> N
     async with running(FakeServers(), max_concurrent_models=1) as fleet:
         await ask(fleet, 3, math.inf)
         await fleet.ask("b", 1)
-        assert fleet.of("left:") == ["4 a left: evicted"]
+        assert fleet.of("left:") == ["4.5 a left: evicted"], "half a second after it was used last"

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tests.fleet.test_placement import IDLE, LOADING, NOW, OFF, READY, STARTING, STOPPING, head, model
 from trio_router.fleet.placement import Decision, ModelSnapshot, Refuse, Retire, Snapshot, Start, decide
+from trio_router.fleet.turns import TURN_LOADS
 from trio_router.memory.room import Need, Room, Shortage, Spot
 from trio_router.telemetry.events import UnloadReason
 
@@ -120,7 +121,7 @@ def test_7_nobody_leaves_in_vain() -> None:
     residents = [resident("x", 8), resident("busy", 12, active=1, ready_at=NOW - 1, load_seconds=5.0)]
     decision = decided(*residents, wanted("a", 20), free=4)
     assert (decision.actions, decision.yielding, decision.someone_waits, decision.memory_waits) == ((), {}, True, False)
-    assert decision.look_again_at == NOW + 4, "its turn is over then"
+    assert decision.look_again_at == NOW - 1 + TURN_LOADS * 5.0, "its turn is over then"
 
 
 def test_7_busy_ones_too_if_idle_ones_are_not_enough() -> None:
