@@ -95,6 +95,16 @@ def test_a_load_since_hides_what_became_free() -> None:
     assert free(ledger, sample(16, at=3.6), 3.6) == (16, 0, 24)
 
 
+def test_a_load_that_the_sample_before_did_not_show_hides_it_too() -> None:
+    ledger = Ledger()
+    ledger.reserve("a", spot(8), sample(24, at=0))
+    ledger.ready("a", 1)
+    ledger.reserve("b", spot(8), sample(16, at=2))
+    ledger.ready("b", 2.5)
+    ledger.left("a", sample(16, at=2), 3)
+    assert free(ledger, sample(16, at=3.6), 3.6) == (16, 0, 24)
+
+
 def test_but_not_for_ever() -> None:
     ledger = Ledger()
     ledger.reserve("a", spot(8), sample(24, at=0))

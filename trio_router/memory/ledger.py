@@ -66,6 +66,8 @@ class _Gone:
     """Infinite if it never was."""
     left_at: float
     free_before: Mapping[int, int]
+    sampled_at: float
+    """When that was: models that took their memory since are not in it."""
 
     def unseen(self, seen_at: float) -> bool:
         """Whether a sample begun then may show free what it took after that, and has perhaps not freed yet."""
@@ -123,7 +125,14 @@ class Ledger:
         if reservation is not None and (sizes := reservation.spot.device_bytes):
             ready_at = math.inf if reservation.ready_at is None else reservation.ready_at
             self._gone.append(
-                _Gone(alias=alias, bytes=sizes, ready_at=ready_at, left_at=now, free_before=_free(devices))
+                _Gone(
+                    alias=alias,
+                    bytes=sizes,
+                    ready_at=ready_at,
+                    left_at=now,
+                    free_before=_free(devices),
+                    sampled_at=devices.seen_at,
+                )
             )
 
     # --- what follows -----------------------------------------------------------------------------
@@ -157,7 +166,7 @@ class Ledger:
             sampled = devices.seen_at > gone.left_at
             # loads since hide it: they may have taken all of theirs from it
             late = devices.seen_at >= gone.left_at + HIDDEN_SECONDS
-            loads = [one for one in self.held.values() if late and not one.settled(gone.left_at)]
+            loads = [one for one in self.held.values() if late and not one.settled(gone.sampled_at)]
             seen = all(
                 shown.get(device, math.inf) + _on(device, loads) >= gone.free_before.get(device, 0) + SEEN_SHARE * size
                 for device, size in gone.bytes.items()
