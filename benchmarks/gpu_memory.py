@@ -2,8 +2,8 @@
 
 `levels` loads every set of flags alone, from a cold start: with nothing known of the device, once one load has taught what
 the driver costs, and with everything known, by a router that was started again. `budget` loads, unloads and asks six
-models at random in memory for three (of each GPU). `split` loads a model that is larger than one GPU's budget, where there
-are two. The measure is this program's own look at NVML, every two milliseconds.
+models at random in memory for three. `two`, where there are two GPUs, loads a model that is larger than one GPU's budget,
+and does `budget` once more, with twice as many models. The measure is this program's own look at NVML, every two milliseconds.
 
 It needs a GPU that NVML and the packaged llama-server see (its Vulkan loader is in the wheel; the driver's ICD may have to
 be named: `VK_DRIVER_FILES`), and the model of `router.toml`.
@@ -305,11 +305,16 @@ def budget(report: Report, meter: Meter) -> None:
     memory = sum(word in words for word in OUT_OF_MEMORY)
     refused = sum(count for status, count in walk.answers.items() if status != 200)
     report.bars += [
-        Bar(name="out-of-memory failures", measured=memory, unit="", at_most=0),
-        Bar(name="answers that are no 200", measured=refused, unit="", at_most=0),
-        Bar(name="overcommits: above the budget, as NVML saw it", measured=over, unit="", at_most=0),
-        Bar(name="models in memory at once", measured=walk.most, unit="", at_least=AT_ONCE * gpus),
-        Bar(name="largest error of a load's projection", measured=max(errors, default=0), unit="MiB", at_most=64),
+        Bar(name=f"out-of-memory failures, {gpus} GPU(s)", measured=memory, unit="", at_most=0),
+        Bar(name=f"answers that are no 200, {gpus} GPU(s)", measured=refused, unit="", at_most=0),
+        Bar(name=f"overcommits as NVML saw it, {gpus} GPU(s)", measured=over, unit="", at_most=0),
+        Bar(name=f"models in memory at once, {gpus} GPU(s)", measured=walk.most, unit="", at_least=AT_ONCE * gpus),
+        Bar(
+            name=f"largest error of a load's projection, {gpus} GPU(s)",
+            measured=max(errors, default=0),
+            unit="MiB",
+            at_most=64,
+        ),
     ]
 
 
@@ -375,9 +380,6 @@ class Walk:
 def split(report: Report, meter: Meter) -> None:
     """A model that is larger than what one GPU may give: over two."""
     devices = list(range(len(meter.handles)))
-    if len(devices) < 2:
-        report.note("one GPU: nothing is split")
-        return
     base = meter.look()
     free = pynvml.nvmlDeviceGetMemoryInfo(meter.handles[0], version=pynvml.nvmlMemory_v2).free
     limit = 1200
@@ -424,15 +426,18 @@ def run(report: Report) -> None:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     report.hardware["gpus"] = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
     report.hardware["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
-    wanted = report.options.only or ("levels", "budget", "split")
-    if "levels" in wanted:
-        with Meter(handles[:1]).running() as meter:
+    wanted = report.options.only or ("levels", "budget", "two")
+    with Meter(handles[:1]).running() as meter:
+        if "levels" in wanted:
             levels(report, meter, server)
-    with Meter(handles[:2]).running() as meter:
         if "budget" in wanted:
             budget(report, meter)
-        if "split" in wanted:
+    if "two" in wanted and len(handles) < 2:
+        report.note("one GPU: nothing is split")
+    elif "two" in wanted:
+        with Meter(handles[:2]).running() as meter:
             split(report, meter)
+            budget(report, meter)
 
 
 if __name__ == "__main__":
