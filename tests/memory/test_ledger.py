@@ -78,9 +78,9 @@ def test_what_left_comes_until_it_is_seen() -> None:
     ledger.left("a", sample(16, at=2), 3)
     assert free(ledger, sample(16, at=2), 3) == (16, 8, 24)
     assert ledger.room(sample(16, at=2), None, 3).changes_at == 3 + SEEN_SECONDS
-    assert free(ledger, sample(17, at=4), 4) == (17, 8, 24), "not all of it"
-    assert free(ledger, sample(24, at=5), 5) == (24, 0, 24)
-    assert ledger.room(sample(24, at=5), None, 5).changes_at == math.inf
+    assert free(ledger, sample(17, at=3.4), 3.4) == (17, 8, 24), "not all of it"
+    assert free(ledger, sample(24, at=3.8), 3.8) == (24, 0, 24)
+    assert ledger.room(sample(24, at=3.8), None, 3.8).changes_at == math.inf
 
 
 def test_a_load_since_hides_what_became_free() -> None:
@@ -109,8 +109,18 @@ def test_but_not_for_ever() -> None:
     ledger = Ledger()
     ledger.reserve("a", spot(8), sample(24, at=0))
     ledger.left("a", sample(16, at=2), 3)
-    assert free(ledger, sample(16, at=7.9), 7.9) == (16, 8, 24)
-    assert free(ledger, sample(16, at=8), 8) == (16, 0, 16)
+    before, end = 3 + 0.9 * SEEN_SECONDS, 3 + SEEN_SECONDS
+    assert free(ledger, sample(16, at=before), before) == (16, 8, 24)
+    assert free(ledger, sample(16, at=end), end) == (16, 0, 16)
+
+
+def test_a_driver_that_fails_while_a_load_is_half_seen() -> None:
+    """Nothing will be seen any more: who waits for that waits for ever."""
+    ledger = Ledger()
+    ledger.reserve("a", spot(8), sample(24, at=0))
+    ledger.ready("a", 1)
+    assert free(ledger, sample(20, at=0.9), 2)[:2] == (12, 4)
+    assert free(ledger, sample(20, at=0.9, stale=True), 2)[:2] == (12, 0)
 
 
 def test_a_driver_that_fails() -> None:
@@ -120,7 +130,7 @@ def test_a_driver_that_fails() -> None:
     ledger.ready("a", 1)
     assert free(ledger, last, 100)[0] == 16, "loaded since: counted in full"
     ledger.left("a", last, 100)
-    assert free(ledger, last, 101)[:2] == (16, 8), "and its memory may not be free yet"
+    assert free(ledger, last, 100.5)[:2] == (16, 8), "and its memory may not be free yet"
     assert free(ledger, last, 100 + SEEN_SECONDS)[:2] == (24, 0)
 
 

@@ -150,6 +150,7 @@ def test_a_driver_that_fails(gpus: Gpus) -> None:
     router = gpus.router(a=14000, b=9000, c=9000)
     assert router.chat("a").status_code == 200
     wait_until(lambda: router.get("/vram").json()["gpu_info"]["used_mb"] == 14000, timeout_seconds=10)
+    time.sleep(2.5)  # a look at the devices that began when it was ready
     gpus.say(fails=True)
     wait_until(lambda: router.get("/vram").json()["stale"], timeout_seconds=10)
     assert router.chat("b").status_code == 200

@@ -186,6 +186,8 @@ async def test_vram_of_models(autojump_clock: MockClock, servers: FakeServers) -
 async def test_whether_another_fits(autojump_clock: MockClock, servers: FakeServers) -> None:
     gpu = FakeGpu("GPU-a", total=80 * GIB, used=65 * GIB)
     async with watched(servers, [gpu]) as seen:
+        for model in seen.fleet.registry.models.values():  # whose llama-servers are not to make them smaller
+            model.config = attrs.evolve(model.config, flags=("-c", "4096", "-ngl", "99"))
         assert (await seen.get("/vram"))["can_load_more"] is False
         seen.fleet["c"].footprint = footprint(14)
         assert (await seen.get("/vram"))["can_load_more"] is True
