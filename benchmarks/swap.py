@@ -93,8 +93,7 @@ def run(report: Report) -> None:
             trio_router(
                 place,
                 models={alias: {"model_path": model, "flags": FLAGS} for alias, model in models.items()},
-                # without turns: what a swap takes is measured, not whether it is worth it
-                system={"llama_server_path": server.path, "max_concurrent_models": 1, "min_turn_sec": 0},
+                system={"llama_server_path": server.path, "max_concurrent_models": 1},
                 body=first,
                 path="/tokenize",
             )

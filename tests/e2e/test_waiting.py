@@ -57,7 +57,12 @@ def test_openais_client_takes_comments_for_what_they_are(
 ) -> None:
     assert real_llama.exists()
     models = {"tiny": {"model_path": tiny_models[0], "flags": ["-c", "512", "-np", "1", "-t", "1"]}}
-    text = router_toml(models=models, system={"gpu_devices": [], "keepalive_after_sec": 0.01})
+    slow = tmp_path / "slow-llama-server"
+    slow.write_text(f'#!/bin/sh\nsleep 1\nexec {real_llama} "$@"\n')
+    slow.chmod(0o755)
+    text = router_toml(
+        models=models, system={"llama_server_path": slow, "gpu_devices": [], "keepalive_after_sec": 0.01}
+    )
     got = bytearray()
     headers = {"TE": "trailers"} if quart else {}  # a request that asks for more is answered by Quart
 

@@ -270,10 +270,12 @@ def test_6_an_idle_one_leaves_before_a_busy_one_and_then_the_one_whose_first_cam
 
 def test_6_of_idle_ones_the_least_recently_used_leaves_whosever_turn_is_over() -> None:
     over = model("over", READY, ready_at=NOW - 50, last_used=NOW - 0.1)
-    has_its_turn = model("turn", READY, ready_at=NOW - 0.4, last_used=NOW - 0.2)
+    has_its_turn = model("turn", READY, ready_at=NOW - 0.4, last_used=NOW - 0.2, load_seconds=1.0)
     wanted = model("b", OFF, head=head(1.0))
     assert decided(over, has_its_turn, wanted, places=2).actions == (Retire("turn", EVICTED),)
     assert decided(has_its_turn, wanted).actions == ()
+    cheap = attrs.evolve(has_its_turn, load_seconds=0.3)
+    assert decided(cheap, wanted).actions == (Retire("turn", EVICTED),), "its load is not worth that b waits"
 
 
 def test_6_one_that_yields_already_goes_on_yielding() -> None:

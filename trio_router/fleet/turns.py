@@ -14,8 +14,8 @@ The cases, in order; the numbers stand beside the code that is their case:
    takes mostly less than the loads it would cost.
 3. A resident that has not been ready yet in its stay is waited for.
 4. An idle one yields when its turn is over, and before that when it was idle for as long as the next request for it
-   is worth to be waited for: `IDLE_SHARE` of what its load took, at least `IDLE_SECONDS`. One that nobody used since
-   it was loaded yields at once.
+   is worth to be waited for: `IDLE_SHARE` of what its load took, at least `IDLE_SECONDS`. One whose load took less
+   than `DEAR_SECONDS`, or that nobody used since, yields at once: to wait would cost the claim more than it could save.
 5. A busy one yields when its turn is over, unless somebody who waits for it is older than the claim, by their keys.
 6. In any case it yields after the claim has waited for `max_swap_wait` in this turn. So a request waits for no turn
    longer than that, and with n models before its own, for no more than n turns and n + 1 loads.
@@ -31,6 +31,8 @@ MIN_TURN_SECONDS = 0.5
 TURN_LOADS = 4.0
 """Where router.toml says nothing a turn is so many times what the load took, at least that long: so at most a fifth of
 the time goes into loads while there is work. (`benchmarks/policies.py` compares others.)"""
+DEAR_SECONDS = 1.0
+"""Loads that take less are not worth that somebody waits for an idle model."""
 IDLE_SECONDS = 0.5
 IDLE_SHARE = 0.25
 
@@ -95,8 +97,8 @@ def due(resident: Resident, claim: Head | None, rules: TurnRules) -> float:
     end = resident.ready_at + turn_seconds(resident, rules)
     bound = math.inf if claim is None else max(claim.arrived_at, resident.ready_at) + rules.max_swap_wait  # 6
     if own is None and not resident.active:
-        used = resident.last_used > resident.ready_at
-        idle = max(IDLE_SECONDS, IDLE_SHARE * resident.load_seconds) if used else 0.0
+        dear = resident.last_used > resident.ready_at and resident.load_seconds >= DEAR_SECONDS
+        idle = max(IDLE_SECONDS, IDLE_SHARE * resident.load_seconds) if dear else 0.0
         return min(end, resident.last_used + idle, bound)  # 4
     if claim is None or (own is not None and own.key <= claim.key):
         return bound  # 5
