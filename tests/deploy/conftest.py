@@ -10,6 +10,13 @@ DEPLOY = ROOT / "deploy"
 MONITORING = DEPLOY / "monitoring"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """None of what is deployed depends on the Python that runs these tests."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.once)
+
+
 def tool(name: str, source: str) -> str:
     """Where a program is; skips the test where it is not."""
     found = shutil.which(name)

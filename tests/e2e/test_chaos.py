@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import chaos
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.once]
 
 SEED = 20_261_123
 SECONDS = 60.0

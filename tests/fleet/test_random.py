@@ -9,6 +9,7 @@ from collections import Counter
 from random import Random
 
 import attrs
+import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -212,6 +213,7 @@ class Storm:
             self.looks += 1
 
 
+@pytest.mark.once
 def test_a_long_storm() -> None:
     servers = FakeServers()
 
