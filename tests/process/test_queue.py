@@ -165,5 +165,5 @@ def test_replicas_serve_one_queue(start_router: StartRouter, record: Record, hea
     os.kill(replica["pid"], signal.SIGKILL)
     gate.touch()
     assert [each.answer().status_code for each in pending] == [200, 200, 200]
-    assert router.client().post("/v1/models/eject", json={"model": "qwen"}).status_code == 200
+    assert router.post("/v1/models/eject", {"model": "qwen"}).status_code == 200
     assert router.servers() == {}
