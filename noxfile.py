@@ -51,7 +51,9 @@ def tests(session: nox.Session) -> None:
     # most of the time is spent waiting for processes; a module's tests share what they start, so they stay together
     pictures = {"TRIO_ROUTER_SCREENSHOTS": str(Path(session.virtualenv.location) / "screenshots")}  # of the dashboard
     again = ["-m", "not once"] if session.python != OLDEST and _is_here(OLDEST) else []
-    session.run("pytest", "--numprocesses=3", "--dist=loadfile", *again, *session.posargs, env=pictures)
+    # in their order, not by how many tests a module has: the longest ones are alone in theirs and would come last
+    spread = ["--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder"]
+    session.run("pytest", *spread, *again, *session.posargs, env=pictures)
 
 
 def _is_here(version: str) -> bool:

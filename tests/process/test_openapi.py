@@ -19,6 +19,7 @@ loaded: they have tests of their own."""
 HERE = Path(__file__).parents[2]
 
 
+@pytest.mark.once
 def test_schemathesis_finds_nothing(start_router: StartRouter, tmp_path: Path) -> None:
     router = start_router(models={"plain": ["-np", "4", "--embedding"], "org/qwen": ["--embedding"]})
     router.chat("plain")
