@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from tests.harness.fake import Fake
 from tests.harness.record import Record
@@ -22,6 +23,14 @@ REQUIRED = "TRIO_ROUTER_REQUIRE_E2E"
 """Set where a missing llama-server or model is a failure, not a reason to skip: in CI."""
 
 StartRouter = Callable[..., RouterProcess]
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A command that ran in this process leaves logs that go to an output which is closed after the test."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

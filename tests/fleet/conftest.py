@@ -1,5 +1,4 @@
 import logging
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -8,14 +7,9 @@ from tests.fleet.fake_servers import FakeServers
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
+def _quiet(_logs_as_before: None) -> None:
     """Thousands of requests would write thousands of lines."""
-    before = structlog.get_config()
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL), cache_logger_on_first_use=False
-    )
-    yield
-    structlog.configure(**before)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 @pytest.fixture

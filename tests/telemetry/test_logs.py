@@ -9,12 +9,6 @@ import structlog
 from trio_router.telemetry.logs import as_line, configure_logs
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    yield
-    structlog.reset_defaults()
-
-
 def test_a_line_for_people():
     event = {"timestamp": "T", "level": "info", "event": "request", "id": "req_1", "model": None, "status": 200}
     assert as_line(None, "info", event) == "T [info   ] request id=req_1 status=200"

@@ -53,7 +53,6 @@ def configure_logs(log_format: str, level: str, out: TextIO) -> None:
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
         logger_factory=structlog.PrintLoggerFactory(out),
-        cache_logger_on_first_use=True,
     )
     logging.basicConfig(stream=out, level=logging.WARNING, format="%(asctime)s [%(levelname)s] %(name)s: %(message)s")
 
