@@ -125,6 +125,15 @@ def overtaken(seconds: float, share: float, until: float) -> float:
     return seconds / (1 - share) if seconds <= until * (1 - share) else seconds + until * share
 
 
+def overtakers(seconds: float, pace: Pace, slots: int) -> int:
+    """How many come who take so many seconds more of a wait on all slots.
+
+    They come whole, or not: half of all times no more than these (the median of a Poisson variable, within 0.02 of the
+    true bounds: Choi 1994). The mean would be wrong nearly always where it is a part of one.
+    """
+    return math.floor(seconds * slots / pace.mean + 1 / 3) if pace.mean else 0
+
+
 def retry_after(seconds: float | None) -> int | None:
     """Whole seconds for `Retry-After`; None: not known."""
     return None if seconds is None else max(1, math.ceil(min(seconds, MAX_RETRY_AFTER_SECONDS)))

@@ -31,7 +31,7 @@ import trio
 from trio_router.backend.backend import Backend, Slot
 from trio_router.backend.conversation import MOST_SLOTS, choose
 from trio_router.errors import DeadlineExceeded, DeadlineUnreachable, QueueFull, QueueTimeout, RouterError
-from trio_router.fleet.estimate import Pace, drained_in, expected_wait, overtaken, retry_after
+from trio_router.fleet.estimate import Pace, drained_in, expected_wait, overtaken, overtakers, retry_after
 from trio_router.fleet.ranks import Rank, Waiter, in_order
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.fleet.turns import Head
@@ -222,22 +222,28 @@ class Scheduler:
     def expected(self, ticket: Ticket, ahead: int) -> float | None:
         """Seconds until one with such a ticket, and so many ahead, gets a slot; None: too little was measured."""
         seconds = self.expected_wait(ahead)
-        if seconds is None:
-            return None
-        steps, now = ticket.priority.steps, trio.current_time()
+        steps, now, slots = ticket.priority.steps, trio.current_time(), self._all_slots
+        if seconds is None or not steps:
+            return seconds
+        aging = (ticket.key - ticket.arrived_at) / steps
+        longer = seconds
         for better in reversed(range(steps)):
-            aging = (ticket.key - ticket.arrived_at) / steps
-            seconds = overtaken(seconds, self.pace.share(better, self.slots, now), aging * (steps - better))
-        return seconds
+            longer = overtaken(longer, self.pace.share(better, slots, now), aging * (steps - better))
+        return self.expected_wait(ahead + overtakers(longer - seconds, self.pace, slots))
 
     def expected_wait(self, ahead: int) -> float | None:
         """The same as long as nobody comes who goes first."""
-        backends = [each.backend for each in (self, *self.followers) if each.backend is not None]
-        if not backends:
-            return expected_wait(self.pace, ahead=ahead, slots=self.slots, elapsed=(), opens_in=self.opens_in())
-        slots = sum(len(backend.slots) for backend in backends)
+        slots = self._all_slots
+        if not any(each.backend is not None for each in (self, *self.followers)):
+            return expected_wait(self.pace, ahead=ahead, slots=slots, elapsed=(), opens_in=self.opens_in())
         elapsed = sum((each._elapsed() for each in self.followers), self._elapsed())  # noqa: SLF001  (others of us)
         return expected_wait(self.pace, ahead=ahead, slots=slots, elapsed=elapsed, opens_in=0.0)
+
+    @property
+    def _all_slots(self) -> int:
+        """Of all backends that serve the queue; while there is none, of the one to come."""
+        backends = [each.backend for each in (self, *self.followers) if each.backend is not None]
+        return sum(len(backend.slots) for backend in backends) or self.slots
 
     def drained_in(self) -> float | None:
         """Seconds until all that run are done; None: too little was measured."""
