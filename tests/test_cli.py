@@ -10,7 +10,8 @@ import pytest
 import trio_router
 from tests.harness.tiny_gguf import write_header_only
 from tests.harness.toml import router_toml
-from trio_router.cli import main
+from trio_router import imports
+from trio_router.cli import COMMANDS, main
 from trio_router.config import places
 
 MISSING = "package:no_such_package_here/m.gguf"
@@ -46,6 +47,7 @@ def served(monkeypatch):
         calls.append(SimpleNamespace(config=config, server=server, **options))
         return 1
 
+    monkeypatch.setattr(imports, "forget_command_line", lambda: None)  # this process goes on with other commands
     tree = SimpleNamespace(main=serve)
     monkeypatch.setitem(sys.modules, "trio_router.tree", tree)
     monkeypatch.setattr(trio_router, "tree", tree, raising=False)
@@ -55,12 +57,6 @@ def served(monkeypatch):
 def write(path="router.toml", **tables):
     tables.setdefault("models", {"m": {"model_path": str(write_header_only(Path.cwd() / "m.gguf"))}})
     Path(path).write_text(router_toml(**tables))
-
-
-def usage_error(*arguments, **environ):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments, environ)
-    return caught.value.code
 
 
 # --- usage ------------------------------------------------------------------------------------------
@@ -79,12 +75,14 @@ def usage_error(*arguments, **environ):
     ],
 )
 def test_bad_usage(arguments, capsys):
-    assert usage_error(*arguments) == 2
-    assert "usage: trio-router" in capsys.readouterr().err
+    assert main(arguments, {}) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "trio-router" in err
 
 
 def test_version(capsys):
-    assert usage_error("--version") == 0
+    assert main(["--version"], {}) == 0
     assert capsys.readouterr().out == f"trio-router {trio_router.__version__}\n"
 
 
@@ -102,16 +100,29 @@ def test_the_module_is_the_same_program(here):
 def test_help_is_not_kept_waiting():
     code = """
 import sys
-from trio_router.cli import main
-try:
-    main(["--help"])
-except SystemExit as exit:
-    assert exit.code == 0
-print(sorted({"trio", "quart", "hypercorn", "httpx", "attrs", "cattrs", "pynvml"} & sys.modules.keys()))
+from trio_router import imports
+from trio_router.cli import COMMANDS, main
+assert main(["--help"]) == 0
+print(sorted({"trio", "quart", "hypercorn", "httpx", "cattrs", "pynvml", "rich.markdown"} & sys.modules.keys()))
 """
     result = run("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[1])
+def test_each_command_has_a_page(command, capsys):
+    _, name, _, about = command
+    assert main([name, "--help"], {}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"Usage: trio-router {name}")
+    assert about in lines
+
+
+def test_a_prompt_may_look_like_markup_or_an_option(capsys):
+    assert main(["fly", "[/bold]"], {}) == 2
+    assert 'Unknown command "fly"' in capsys.readouterr().err
+    assert main(["run", "--url", "127.0.0.1:9", "m", "--", "--json"], {}) == 3
 
 
 # --- which file -------------------------------------------------------------------------------------
@@ -173,7 +184,7 @@ def test_options_override_the_file(llama_server, served):
 )
 def test_options_out_of_range(llama_server, served, capsys, option, value, reason):
     write(system={"llama_server_path": llama_server})
-    assert usage_error("serve", option, value) == 2
+    assert main(["serve", option, value], {}) == 2
     assert f"{option}: {reason}" in capsys.readouterr().err
     assert served == []
 

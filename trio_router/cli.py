@@ -1,328 +1,117 @@
 """The commands. Nothing else parses argv.
 
 Exit codes: 0 clean, 1 failed while running, 2 bad usage (of `serve` and `check` also a bad configuration), 3 no router, 4
-no such model, 78 a bad configuration. Heavy imports wait for the command that needs them, so that `--help` and a misspelt
-flag answer at once. What speaks to a router that runs is in `commands/`.
+no such model, 78 a bad configuration. What a command does, and which options it has, stands in `commands/`, in a function
+of its name; a module there is imported when its command is called, and imports what is heavy when it is needed, so that
+`--help` and a misspelt flag answer at once.
 """
 
-import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from trio_router import __version__
+from trio_router.commands.said import CLEAN, INTERRUPTED, USAGE, Said, say
 
 if TYPE_CHECKING:
-    _Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001  (it has no other name)
+    from cyclopts import App
+    from cyclopts.config import Dict
 
-    from trio_router.config import Problem, RouterConfig
-
-CLEAN = 0
-BAD_CONFIG = 2
-"""Of `serve` and `check`."""
-EX_CONFIG = 78
-"""Of all others: sysexits' word for it."""
-
-_DEFAULT_CONFIG = "router.toml"
-_DEFAULT_URL = "http://127.0.0.1:8000"
-_INTERRUPTED = 130
-_TALKING = {
-    *("ps", "ls", "load", "eject", "reset", "logs", "run", "top", "requests", "cancel", "health", "reload", "drain"),
-    "plan",
-}
-_WRITING = {"init", "schema", "completion"}
+SERVING: Final = "Serving"
+TALKING: Final = "A router that runs"
+WRITING: Final = "Configuration and shell"
+COMMANDS: Final = (
+    (SERVING, "serve", "serve", "Accept requests until SIGTERM or SIGINT."),
+    (SERVING, "check", "check", "Say what is wrong with the configuration and its files."),
+    (SERVING, "simulate", "simulate", "Play what happened again, in virtual time."),
+    (TALKING, "ps", "models", "List the models in memory."),
+    (TALKING, "ls", "models", "List every model."),
+    (TALKING, "load", "models", "Load a model, and wait for it."),
+    (TALKING, "eject", "models", "Unload a model."),
+    (TALKING, "reset", "models", "Let a failed model be tried again."),
+    (TALKING, "logs", "logs", "Print what a model's llama-server wrote."),
+    (TALKING, "run", "chat", "Answer a prompt, or talk."),
+    (TALKING, "top", "top", "Show requests, queues and tokens, live."),
+    (TALKING, "requests", "models", "List the requests under way."),
+    (TALKING, "cancel", "models", "End a request that is under way."),
+    (TALKING, "health", "models", "Say whether the router is well."),
+    (TALKING, "reload", "models", "Have it read its configuration again."),
+    (TALKING, "drain", "models", "Have it finish what runs, and stop."),
+    (TALKING, "plan", "plan", "Say what would happen to a request for a model."),
+    (WRITING, "init", "init", "Write a router.toml for a folder of GGUF files."),
+    (WRITING, "schema", "schema", "Print the JSON Schema of router.toml, for editors."),
+    (WRITING, "completion", "completion", "Print what makes a shell complete commands."),
+)
+"""Under which heading, its name, its module, and the line about it."""
+VARIABLES: Final = {"url": "TRIO_ROUTER_URL", "api-key": "API_KEY"}
+"""What stands for an option that is not given."""
 
 
 def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run the command in `arguments` (default: this process's own) and return its exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command in _TALKING | _WRITING:
-        return _command(options, environ)
-    from trio_router.config import ConfigError, load_config  # noqa: PLC0415 - see above
-
-    path = _config_path(options.config, environ)
-
-    def read() -> "RouterConfig":
-        return load_config(path, environ)
-
     try:
-        config = read()
-    except ConfigError as error:
-        if options.command == "check":
-            return _checked([], error.problems, as_json=options.as_json)
-        _print_problems(error.problems)
-        return EX_CONFIG if options.command == "simulate" else BAD_CONFIG
-    if options.command == "check":
-        return _check(config, environ, ask=options.ask, as_json=options.as_json)
-    if options.command == "simulate":
-        from trio_router.commands.simulate import simulate_trace  # noqa: PLC0415
-
-        return simulate_trace(config, options.trace, as_json=options.as_json, plot=options.plot)
-    config = _with_address(config, options, parser)
-    return _serve(config, environ, options, lambda: _with_address(read(), options, parser))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trio-router",
-        description="One OpenAI-compatible address in front of many llama-server processes.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"trio-router {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument(
-        "--config",
-        metavar="FILE",
-        help=f"what to read (default: $CONFIG_PATH, else ./{_DEFAULT_CONFIG})",
-    )
-    _add_talking(commands)
-    _add_writing(commands)
-    serve = commands.add_parser(
-        "serve", parents=[config], allow_abbrev=False, help="accept requests until SIGTERM or SIGINT"
-    )
-    serve.add_argument("--host", metavar="HOST", help="address to listen on, instead of the file's api.host")
-    serve.add_argument("--port", metavar="PORT", type=int, help="port, instead of the file's api.port; 0 picks one")
-    serve.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
-    serve.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default: %(default)s"
-    )
-    simulate = commands.add_parser(
-        "simulate", parents=[config], allow_abbrev=False, help="play what happened again, in virtual time"
-    )
-    simulate.add_argument("trace", metavar="TRACE", type=Path, help="what GET /v1/router/trace said")
-    simulate.add_argument("--json", dest="as_json", action="store_true", help="for programs")
-    simulate.add_argument("--plot", metavar="FILE", type=Path, help="write a picture, as SVG")
-    check = commands.add_parser(
-        "check", parents=[config], allow_abbrev=False, help="say what is wrong with the configuration and its files"
-    )
-    check.add_argument(
-        "--ask", action="store_true", help="have llama-server say what each model needs, if nobody knows"
-    )
-    check.add_argument("--json", dest="as_json", action="store_true", help="for programs")
-    return parser
-
-
-def _add_talking(commands: "_Commands") -> None:
-    """The commands that speak to a router that runs."""
-    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    where.add_argument("--url", help=f"of the router (default: $TRIO_ROUTER_URL, else {_DEFAULT_URL})")
-    where.add_argument(
-        "--api-key", metavar="KEY", help="default: $API_KEY, which others on this machine cannot read as they can this"
-    )
-    where.add_argument("--json", dest="as_json", action="store_true", help="for programs; a line each for what goes on")
-
-    def add(name: str, about: str, *positional: str) -> argparse.ArgumentParser:
-        parser = commands.add_parser(name, parents=[where], allow_abbrev=False, help=about)
-        for each in positional:
-            parser.add_argument(each, metavar=each.upper())
-        return parser
-
-    add("ps", "models in memory")
-    add("ls", "every model")
-    add("load", "load a model, and wait for it", "model")
-    add("eject", "unload a model", "model").add_argument("--force", action="store_true", help="cut running requests")
-    add("reset", "let a failed model be tried again", "model")
-    logs = add("logs", "what a model's llama-server wrote", "model")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as it writes")
-    logs.add_argument("-n", "--lines", type=int, default=100, help="default: %(default)s")
-    add("run", "answer a prompt, or talk", "model").add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="default: read it from a pipe; at a terminal, talk"
-    )
-    add("top", "requests, queues and tokens, live")
-    add("requests", "requests under way")
-    add("cancel", "end a request that is under way", "request")
-    add("health", "whether the router is well")
-    add("reload", "have it read its configuration again")
-    add("drain", "have it finish what runs, and stop")
-    add("plan", "what would happen to a request for a model", "model").add_argument(
-        "--priority", choices=("high", "normal", "low"), default="normal", help="default: %(default)s"
-    )
-
-
-def _add_writing(commands: "_Commands") -> None:
-    """The commands that write something down."""
-    init = commands.add_parser("init", allow_abbrev=False, help="write a router.toml for a folder of GGUF files")
-    init.add_argument(
-        "--models-dir", metavar="FOLDER", required=True, type=Path, help="looked through, folders in it too"
-    )
-    init.add_argument("--out", metavar="FILE", type=Path, default=Path(_DEFAULT_CONFIG), help="default: %(default)s")
-    init.add_argument("--force", action="store_true", help="write over a file that is there")
-    init.add_argument("--json", dest="as_json", action="store_true", help="say what was found for programs")
-    commands.add_parser("schema", allow_abbrev=False, help="the JSON Schema of router.toml, for editors")
-    completion = commands.add_parser("completion", allow_abbrev=False, help="what makes a shell complete commands")
-    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
-
-
-def _command(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """Do what needs no configuration."""
-    from trio_router.commands.talk import Said  # noqa: PLC0415
-
-    try:
-        return _does(options, environ)
+        return _parsed(sys.argv[1:] if arguments is None else arguments, environ)() or CLEAN
     except Said as error:
-        _say(f"trio-router: {error}", sys.stderr)
+        say(f"trio-router: {error}", sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:  # `| head`: it has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLEAN
 
 
-def _does(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    if options.command in _WRITING:
-        return _writes(options, environ)
-    from trio_router.commands.talk import Router  # noqa: PLC0415
+def _parsed(arguments: Sequence[str], environ: Mapping[str, str]) -> Callable[[], int | None]:
+    """The command, ready to be called; nothing of cyclopts stays behind. Raises Said."""
+    from cyclopts import CycloptsError  # noqa: PLC0415  (a router that runs lets go of it: imports.py)
 
-    taken = {"command", "url", "api_key", "as_json"}
-    given = {name: value for name, value in vars(options).items() if name not in taken}
-    url = options.url or environ.get("TRIO_ROUTER_URL") or _DEFAULT_URL
-    router = Router(url=url, key=options.api_key or environ.get("API_KEY"))
-    match options.command:
-        case "logs":
-            from trio_router.commands.watch import logs  # noqa: PLC0415
-
-            return logs(router, as_json=options.as_json, **given)
-        case "run":
-            from trio_router.commands.chat import run  # noqa: PLC0415
-
-            return run(router, as_json=options.as_json, **given)
-        case "top":
-            from trio_router.commands.watch import top  # noqa: PLC0415
-
-            return top(router, as_json=options.as_json)
-        case "plan":
-            from trio_router.commands.plan import plan  # noqa: PLC0415
-
-            return plan(router, as_json=options.as_json, **given)
-        case name:
-            from trio_router.commands import models  # noqa: PLC0415
-
-            does: Callable[..., int] = getattr(models, name)
-            return does(router, as_json=options.as_json, **given)
-
-
-def _writes(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    match options.command:
-        case "init":
-            from trio_router.commands.init import init  # noqa: PLC0415
-
-            given = {"force": options.force, "as_json": options.as_json}
-            return init(options.models_dir, options.out, environ=environ, **given)
-        case "schema":
-            from trio_router.commands.talk import print_json  # noqa: PLC0415
-            from trio_router.config.json_schema import json_schema  # noqa: PLC0415
-
-            print_json(json_schema())
-        case "completion":
-            from trio_router.commands.completion import completion  # noqa: PLC0415
-
-            _say(completion(options.shell, _parser()), sys.stdout)
-    return CLEAN
-
-
-def _config_path(given: str | None, environ: Mapping[str, str]) -> Path:
-    """`--config`, else CONFIG_PATH (also from ./.env), else ./router.toml."""
-    from trio_router.config import CONFIG_PATH, read_variables  # noqa: PLC0415
-
-    if given is not None:
-        return Path(given)
-    variables, _ = read_variables(Path(), environ)
-    return Path(variables[CONFIG_PATH].value if CONFIG_PATH in variables else _DEFAULT_CONFIG)
-
-
-def _with_address(
-    config: "RouterConfig", options: argparse.Namespace, parser: argparse.ArgumentParser
-) -> "RouterConfig":
-    """`config` with `--host` and `--port` in the place of the file's."""
-    import attrs  # noqa: PLC0415
-
-    from trio_router.config import OutOfRange  # noqa: PLC0415
-
-    def refuse(error: OutOfRange) -> NoReturn:
-        parser.error(f"--{error}")  # the names of options and fields are the same
-
-    given = {name: value for name in ("host", "port") if (value := getattr(options, name)) is not None}
+    app = _app(environ)
+    if not arguments:
+        app.help_print([], console=app.error_console)
+        return lambda: USAGE
     try:
-        return attrs.evolve(config, api=attrs.evolve(config.api, **given))
-    except OutOfRange as error:
-        refuse(error)
+        command, bound, injected = app.parse_args(arguments, print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        named = " ".join(["trio-router", *(error.command_chain or ()), "--help"])
+        raise Said(f"{error} Try `{named}`.", USAGE) from error
+    known = {"environ": environ, "app": app}
+    return partial(command, *bound.args, **bound.kwargs, **{name: known[name] for name in injected})
 
 
-def _serve(
-    config: "RouterConfig",
-    environ: Mapping[str, str],
-    options: argparse.Namespace,
-    read: Callable[[], "RouterConfig"],
-) -> int:
-    from trio_router.config import (  # noqa: PLC0415
-        LlamaServerNotFound,
-        LlamaServerUnusable,
-        file_problems,
-        find_llama_server,
-        missing_package,
+def _app(environ: Mapping[str, str]) -> "App":
+    """What there is to be called; of its functions' parameters, `environ` and `app` are not the command line's."""
+    from cyclopts import App, Group, Parameter  # noqa: PLC0415  (as above)
+
+    app = App(
+        name="trio-router",
+        help="One OpenAI-compatible address in front of many llama-server processes.",
+        help_format="plaintext",
+        version=f"trio-router {__version__}",
+        config=_from_environment(environ),
+        default_parameter=Parameter(negative=(), parse="^(?!(environ|app)$)", show_default=_default),
+        group_parameters=Group("Options", sort_key=9),
+        group_arguments=Group("Arguments", sort_key=8),
     )
-
-    problems = file_problems(config, environ)
-    try:
-        server = find_llama_server(config.system.llama_server_path, environ)
-    except LlamaServerUnusable as error:
-        server = error.server  # it may come; until then each load fails and says why
-    except LlamaServerNotFound:
-        _print_problems(problems)
-        return BAD_CONFIG
-    if all(missing_package(model.model_path) for model in config.models.values()):
-        _print_problems(problems)
-        return BAD_CONFIG
-    for problem in problems:
-        warning = {"level": "warning", "event": str(problem)}
-        _say(json.dumps(warning) if options.log_format == "json" else f"warning: {problem}", sys.stderr)
-
-    from trio_router.imports import import_without_unused  # noqa: PLC0415
-
-    import_without_unused()
-    from trio_router import tree  # noqa: PLC0415
-
-    return tree.main(config, server, read, log_format=options.log_format, log_level=options.log_level)
+    for flag in ("--help", "--version"):
+        app[flag].group = "Options"
+    groups = {name: Group(name, sort_key=place) for place, name in enumerate((SERVING, TALKING, WRITING))}
+    for group, name, module, about in COMMANDS:
+        app.command(f"trio_router.commands.{module}:{name}", name=name, help=about, group=groups[group])
+    return app
 
 
-def _check(config: "RouterConfig", environ: Mapping[str, str], *, ask: bool, as_json: bool) -> int:
-    """Print what each model would need, and everything that is wrong."""
-    from trio_router.commands.check import check  # noqa: PLC0415
+def _from_environment(environ: Mapping[str, str]) -> "Dict | None":
+    """Options of those commands that have them."""
+    found = {option: environ[name] for option, name in VARIABLES.items() if environ.get(name)}
+    if not found:
+        return None
+    from cyclopts.config import Dict  # noqa: PLC0415  (the rest need not wait for it)
 
-    return _checked(*check(config, environ, ask=ask), as_json=as_json)
-
-
-def _checked(rows: Sequence[tuple[str, ...]], problems: "Sequence[Problem]", *, as_json: bool) -> int:
-    if as_json:
-        head, *models = rows or [()]
-        table = [dict(zip(map(str.lower, head), model, strict=True)) for model in models]
-        told = [{name: getattr(problem, name) for name in ("file", "line", "key", "message")} for problem in problems]
-        _say(json.dumps({"models": table, "problems": told}, indent=2), sys.stdout)
-    else:
-        if rows:
-            _print_table(rows)
-        _print_problems(problems)
-    return BAD_CONFIG if problems else CLEAN
+    return Dict(found, allow_unknown=True, use_commands_as_keys=False, source="the environment")
 
 
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), sys.stdout)
-
-
-def _print_problems(problems: "Iterable[Problem]") -> None:
-    for problem in problems:
-        _say(str(problem), sys.stderr)
-
-
-def _say(line: str, stream: TextIO) -> None:
-    """Print `line`, in which a file name need not be text."""
-    print(line.encode(errors="backslashreplace").decode(), file=stream)
+def _default(value: object) -> str | None:
+    """What a flag is without being given, and that nothing is given, goes without saying."""
+    return None if value is False or value is None else str(value)

@@ -230,9 +230,23 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     script = capsys.readouterr().out
     assert "eject" in script
     assert "force" in script
+    if shell == "zsh":
+        assert script.splitlines()[0].split() == ["#compdef", "trio-router"]
+        _, function, program = script.splitlines()[-1].split()
+        assert f"\n{function}() {{\n" in script
+        assert program == "trio-router"
     if shell == "bash":
-        done = subprocess.run(
-            ["bash", "-c", f'{script}\nCOMP_WORDS=(trio-router ej); COMP_CWORD=1; _trio_router; echo "${{COMPREPLY[*]}}"'],
-            capture_output=True, text=True, check=True, cwd=tmp_path,
-        )  # fmt: skip
-        assert done.stdout == "eject\n"
+        (tmp_path / "script").write_text(script)
+        assert completed(tmp_path, "trio-router", "ej") == ["eject"]
+        assert completed(tmp_path, "trio-router", "eject", "--f") == ["--force"]
+        assert completed(tmp_path, "trio-router", "plan", "one", "--priority", "") == ["high", "normal", "low"]
+        assert completed(tmp_path, "trio-router", "serve", "--config", "scr") == ["script"]
+
+
+def completed(folder: Path, *words: str) -> list[str]:
+    """What bash offers for the last of them."""
+    asked = 'source ./script; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _trio_router; printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ["bash", "-c", asked, "bash", *words], capture_output=True, text=True, check=True, cwd=folder, timeout=20
+    )
+    return done.stdout.splitlines()

@@ -5,13 +5,21 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from trio_router.commands.talk import CLEAN, Router, Said
+from trio_router.commands.options import AsJson
+from trio_router.commands.said import CLEAN, Said
+from trio_router.commands.talk import HERE, Router
 
 Message = dict[str, str]
 
 
-def run(router: Router, model: str, prompt: str | None, *, as_json: bool) -> int:
-    """Answer `prompt`; without one talk, or read it from a pipe. For programs: what llama-server says, an event a line."""
+def run(model: str, prompt: str | None = None, /, *, router: Router = HERE, as_json: AsJson = False) -> int:
+    """Answer a prompt, or talk.
+
+    Parameters
+    ----------
+    prompt
+        Without it what a pipe brings; at a terminal, a talk.
+    """
     if prompt is None and (as_json or not sys.stdin.isatty()):
         prompt = sys.stdin.read()
     if as_json:

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 import attrs
 
-from trio_router.commands.talk import BAD_CONFIG, CLEAN, Said, print_json
+from trio_router.commands.options import AsJson
+from trio_router.commands.said import BAD_CONFIG, CLEAN, USAGE, Said, print_json
 from trio_router.config import ConfigError, load_config
 from trio_router.config.aliases import alias_problem
 from trio_router.memory.gguf import GgufError, GgufHeader, read_header
@@ -84,14 +85,31 @@ class Found:
         return ", ".join(parts)
 
 
-def init(models_dir: Path, out: Path, *, force: bool, as_json: bool, environ: Mapping[str, str]) -> int:
-    """Write it. Raises Said."""
+def init(
+    *,
+    models_dir: Path,
+    out: Path = DEFAULT_OUT,
+    force: bool = False,
+    as_json: AsJson = False,
+    environ: Mapping[str, str],
+) -> int:
+    """Write a router.toml for a folder of GGUF files.
+
+    Parameters
+    ----------
+    models_dir
+        Looked through, folders in it too.
+    out
+        What is written.
+    force
+        Write over a file that is there.
+    """
     if not models_dir.is_dir():
-        raise Said(f"{models_dir} is not a folder", 2)
+        raise Said(f"{models_dir} is not a folder", USAGE)
     if out.exists() and not force:
-        raise Said(f"{out} is there already; --force writes over it", 2)
+        raise Said(f"{out} is there already; --force writes over it", USAGE)
     if not _is_text(models_dir.resolve()):
-        raise Said(f"{str(models_dir.resolve())!a} is no text, and TOML is", 2)
+        raise Said(f"{str(models_dir.resolve())!a} is no text, and TOML is", USAGE)
     found = list(models_in(models_dir))
     if not found:
         raise Said(f"no model was found in {models_dir}: it has no GGUF file that can be read")

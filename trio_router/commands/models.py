@@ -5,11 +5,13 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
-from trio_router.commands.talk import CLEAN, FAILED, Router, in_path, print_json
+from trio_router.commands.options import AsJson
+from trio_router.commands.said import CLEAN, FAILED, print_json
+from trio_router.commands.talk import HERE, Router, in_path
 
 
-def ps(router: Router, *, as_json: bool) -> int:
-    """Models that are in memory."""
+def ps(*, router: Router = HERE, as_json: AsJson = False) -> int:
+    """List the models that are in memory."""
     found = router.get("/v1/models/status")
     resident = {alias: one for alias, one in found["models"].items() if one["status"] not in {"off", "failed"}}
     if as_json:
@@ -26,8 +28,8 @@ def ps(router: Router, *, as_json: bool) -> int:
     return CLEAN
 
 
-def ls(router: Router, *, as_json: bool) -> int:
-    """Every model there is."""
+def ls(*, router: Router = HERE, as_json: AsJson = False) -> int:
+    """List every model."""
     found = router.get("/v1/models/status")
     if as_json:
         print_json(found["models"])
@@ -40,8 +42,8 @@ def ls(router: Router, *, as_json: bool) -> int:
     return CLEAN
 
 
-def load(router: Router, model: str, *, as_json: bool) -> int:
-    """Load it, and wait."""
+def load(model: str, /, *, router: Router = HERE, as_json: AsJson = False) -> int:
+    """Load a model, and wait for it."""
 
     def wait() -> Any:
         return router.post("/v1/models/load", {"model": model}, None)
@@ -55,20 +57,26 @@ def load(router: Router, model: str, *, as_json: bool) -> int:
     return _told(said, as_json=False)
 
 
-def eject(router: Router, model: str, *, force: bool, as_json: bool) -> int:
-    """Unload it."""
+def eject(model: str, /, *, force: bool = False, router: Router = HERE, as_json: AsJson = False) -> int:
+    """Unload a model.
+
+    Parameters
+    ----------
+    force
+        Cut running requests.
+    """
     path = "/v1/models/eject?force=true" if force else "/v1/models/eject"
     said = _waited(f"ejecting {model}", lambda: router.post(path, {"model": model}, None), quiet=as_json)
     return _told(said, as_json=as_json)
 
 
-def reset(router: Router, model: str, *, as_json: bool) -> int:
-    """Let it be tried again."""
+def reset(model: str, /, *, router: Router = HERE, as_json: AsJson = False) -> int:
+    """Let a failed model be tried again."""
     return _told(router.post(f"/v1/models/{in_path(model)}/reset"), as_json=as_json)
 
 
-def requests(router: Router, *, as_json: bool) -> int:
-    """Those that are under way."""
+def requests(*, router: Router = HERE, as_json: AsJson = False) -> int:
+    """List the requests under way."""
     found = router.get("/v1/requests")
     if as_json:
         print_json(found)
@@ -84,14 +92,14 @@ def requests(router: Router, *, as_json: bool) -> int:
     return CLEAN
 
 
-def cancel(router: Router, request: str, *, as_json: bool) -> int:
-    """End it, wherever it is."""
+def cancel(request: str, /, *, router: Router = HERE, as_json: AsJson = False) -> int:
+    """End a request that is under way."""
     said = router.post(f"/v1/requests/{quote(request, safe='')}/cancel")
     return _told({**said, "message": f"{said['cancelled']} cancelled"}, as_json=as_json)
 
 
-def health(router: Router, *, as_json: bool) -> int:
-    """Whether the router is well."""
+def health(*, router: Router = HERE, as_json: AsJson = False) -> int:
+    """Say whether the router is well."""
     with router.answer("GET", "/livez", None, 10.0):
         pass
     try:
@@ -108,8 +116,8 @@ def health(router: Router, *, as_json: bool) -> int:
     return CLEAN if found["status"] == "ok" else FAILED
 
 
-def reload(router: Router, *, as_json: bool) -> int:
-    """Have it read its configuration again."""
+def reload(*, router: Router = HERE, as_json: AsJson = False) -> int:
+    """Have the router read its configuration again."""
     found = router.post("/v1/config/reload", seconds=60)
     if as_json:
         print_json(found)
@@ -123,8 +131,8 @@ def reload(router: Router, *, as_json: bool) -> int:
     return CLEAN
 
 
-def drain(router: Router, *, as_json: bool) -> int:
-    """Have it finish what runs, and stop."""
+def drain(*, router: Router = HERE, as_json: AsJson = False) -> int:
+    """Have the router finish what runs, and stop."""
     return _told(router.post("/v1/router/drain"), as_json=as_json)
 
 

@@ -1,10 +1,27 @@
 """`plan`."""
 
-from trio_router.commands.talk import CLEAN, Router, print_json
+from typing import Literal
+
+from trio_router.commands.options import AsJson
+from trio_router.commands.said import CLEAN, print_json
+from trio_router.commands.talk import HERE, Router
 
 
-def plan(router: Router, model: str, *, priority: str, as_json: bool) -> int:
-    """What would happen to a request that came now."""
+def plan(
+    model: str,
+    /,
+    *,
+    priority: Literal["high", "normal", "low"] = "normal",
+    router: Router = HERE,
+    as_json: AsJson = False,
+) -> int:
+    """Say what would happen to a request for a model that came now.
+
+    Parameters
+    ----------
+    priority
+        Of the request.
+    """
     told = router.post("/v1/router/plan", {"model": model, "priority": priority})
     if as_json:
         print_json(told)

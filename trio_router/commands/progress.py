@@ -8,7 +8,8 @@ from typing import Final
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trio_router.commands.talk import Router, Said, in_path
+from trio_router.commands.said import Said
+from trio_router.commands.talk import Router, in_path
 
 LOOK_SECONDS: Final = 0.25
 

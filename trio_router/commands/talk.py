@@ -3,20 +3,16 @@
 import http.client
 import json
 import socket
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Annotated, Any, Final
 from urllib.parse import quote, urlsplit
 
 import attrs
+from cyclopts import Parameter
 
-CLEAN: Final = 0
-FAILED: Final = 1
-NO_SERVER: Final = 3
-NOT_FOUND: Final = 4
-BAD_CONFIG: Final = 78
-"""sysexits' EX_CONFIG. `serve` and `check` say 2, as their contract has it."""
+from trio_router.commands.said import BAD_CONFIG, FAILED, NO_SERVER, NOT_FOUND, USAGE, Said
+
 STATUSES: Final = {
     "model_not_found": NOT_FOUND, "request_not_found": NOT_FOUND, "not_found": NOT_FOUND, "invalid_config": BAD_CONFIG,
 }  # fmt: skip
@@ -24,20 +20,16 @@ STATUSES: Final = {
 SECONDS: Final = 10.0
 
 
-class Said(Exception):
-    """Raised when a command ends with something to say; `status` is the exit status."""
-
-    def __init__(self, message: str, status: int = FAILED) -> None:
-        super().__init__(message)
-        self.status = status
-
-
+@Parameter(name="*")
 @attrs.frozen(kw_only=True)
 class Router:
     """The router that is spoken to."""
 
-    url: str
-    key: str | None = attrs.field(default=None, repr=False)
+    url: Annotated[str, Parameter(help="Of the router; without it $TRIO_ROUTER_URL.")] = "http://127.0.0.1:8000"
+    api_key: Annotated[
+        str | None,
+        Parameter(help="Without it $API_KEY, which others on this machine cannot read as they can this."),
+    ] = attrs.field(default=None, repr=False)
 
     def get(self, path: str, seconds: float = SECONDS) -> Any:
         """The object at `path`. Raises Said."""
@@ -78,12 +70,12 @@ class Router:
         """An answer that has begun. Raises Said for one that is an error, and for none."""
         parts = urlsplit(self.url if "://" in self.url else f"http://{self.url}")
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise Said(f"{self.url!r} is not the URL of a router", 2)
+            raise Said(f"{self.url!r} is not the URL of a router", USAGE)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.hostname, parts.port, timeout=SECONDS)
         headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
         try:
             connection.connect()
             connection.sock.settimeout(seconds)
@@ -104,6 +96,9 @@ class Router:
             connection.close()
 
 
+HERE: Final = Router()
+
+
 def _refused(answer: http.client.HTTPResponse) -> Said:
     raw = answer.read(65536)
     try:
@@ -117,9 +112,3 @@ def _refused(answer: http.client.HTTPResponse) -> Said:
 def in_path(alias: str) -> str:
     """An alias as a part of a path."""
     return quote(alias, safe="/:")
-
-
-def print_json(found: Any) -> None:
-    """For programs."""
-    json.dump(found, sys.stdout, indent=2, ensure_ascii=False)
-    print()

@@ -1,7 +1,6 @@
-"""`logs` and `top`: what goes on."""
+"""What `top` shows."""
 
-import json
-import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, Group
@@ -9,35 +8,21 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trio_router.commands.talk import CLEAN, Router, in_path, print_json
-
 COLOURS = {
     "ready": "green", "starting": "yellow", "loading": "yellow", "stopping": "yellow", "crashed": "red", "failed": "red",
 }  # fmt: skip
 
 
-def logs(router: Router, model: str, *, follow: bool, lines: int, as_json: bool) -> int:
-    """A model's llama-server's lines."""
-    query = f"?lines={lines}{'&follow=1' if follow else ''}"
-    for line in router.lines(f"/v1/models/{in_path(model)}/logs{query}"):
-        print(json.dumps({"model": model, "line": line}, ensure_ascii=False) if as_json else line, flush=follow)
-    return CLEAN
-
-
-def top(router: Router, *, as_json: bool) -> int:
-    """The numbers of a dashboard until Ctrl-C; once, where nobody looks on."""
-    told = (data for name, data in router.events("/metrics/stream") if name == "metrics")
-    if as_json or not sys.stdout.isatty():
-        numbers = next(told)
-        if as_json:
-            print_json(numbers)
-        else:
-            Console().print(_shown(numbers))
-        return CLEAN
+def watch(told: Iterable[dict[str, Any]]) -> None:
+    """The numbers as they come, until Ctrl-C."""
     with Live(console=Console(), screen=True, auto_refresh=False) as live:
         for numbers in told:
             live.update(_shown(numbers), refresh=True)
-    return CLEAN
+
+
+def show(numbers: dict[str, Any]) -> None:
+    """Print them."""
+    Console().print(_shown(numbers))
 
 
 def _shown(numbers: dict[str, Any]) -> Group:
