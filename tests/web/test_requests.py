@@ -88,7 +88,7 @@ async def test_a_stream_ends_with_an_error(sockets, way):
 
 
 async def test_an_answer_that_is_no_stream_is_cut(sockets, way):
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 300000\r\n\r\n{"
     async with open_site(sockets, Server(head, trio.Event())) as site, site.client() as client:
         await client.say(saying("x", way))
         await until_state(site, "answering")

@@ -64,6 +64,7 @@ Headers = list[tuple[bytes, bytes]]
 _END: Final = b"\r\n\r\n"
 _LENGTH: Final = re.compile(rb"\r\nContent-Length: ([0-9]{1,15})\r\n")
 _MOST_KNOWN: Final = 256
+_MAX_KNOWN_BYTES: Final = 2048
 _BODILESS: Final = frozenset({204, 304})
 
 
@@ -111,6 +112,9 @@ class _Kind:
 
 _known: Final[dict[tuple[bytes, bytes], _Kind]] = {}
 """By their bytes before and after the length. All of them are llama-server's, so they are few."""
+
+_heads: Final[dict[tuple[int | tuple[bytes, bytes], ...], AnswerHead]] = {}
+"""Heads that do not say how long the body is, by what they say."""
 
 
 @attrs.define(eq=False)
@@ -214,6 +218,21 @@ class _Reading:
 
     def on_message_complete(self) -> None:
         self.done = True
+
+
+def head_of(status: int, headers: Headers) -> AnswerHead:
+    """What an answer begins with. Those of streams are all the same, and then the same object."""
+    head = _heads.get((status, *headers))
+    if head is None:
+        head = AnswerHead(status=status, headers=headers)
+        length = head.get(b"content-length")
+        if length is not None:
+            head.length = int(length) if length.isdigit() else None
+        elif sum(len(name) + len(value) for name, value in headers) <= _MAX_KNOWN_BYTES:
+            if len(_heads) >= _MOST_KNOWN:
+                _heads.clear()
+            _heads[status, *headers] = head
+    return head
 
 
 def kept(headers: Headers) -> Headers:
@@ -383,10 +402,8 @@ class Connection:
             if reading.status < 200:
                 self.close()
                 raise BackendLost(f"answered with status {reading.status}")
-            reading.head = AnswerHead(status=reading.status, headers=kept(reading.headers))
-            length = reading.head.get(b"content-length")
-            if length is not None and length.isdigit():
-                reading.head.length = int(length)
+            reading.head = head_of(reading.status, kept(reading.headers))
+            reading.headers = []
         return reading.head
 
     async def receive(self) -> bytes:

@@ -4,11 +4,16 @@ Per-process numbers are for people to look at. In containers NVML gives pids of 
 wrong memory (nvidia-docker#1483, open-gpu-kernel-modules#614): nothing is decided by them.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
-import pynvml
+
+
+def _pynvml() -> Any:
+    """The module, which takes 2 MB: only where there are GPUs to look at."""
+    return importlib.import_module("pynvml")
 
 
 @attrs.frozen(kw_only=True)
@@ -57,7 +62,7 @@ class NvmlSampler:
     """
 
     indices: tuple[int, ...]
-    nvml: Any = pynvml
+    nvml: Any = attrs.field(factory=_pynvml)
     """The module; tests put a stand-in here."""
     _handles: tuple[_Handle, ...] | None = attrs.field(default=None, init=False)
     _missing: str | None = attrs.field(default=None, init=False)

@@ -9,7 +9,7 @@ from typing import TextIO
 
 import structlog
 
-from trio_router.telemetry.events import RequestFinished, RequestSink
+from trio_router.telemetry.events import Outcome, RequestFinished, RequestSink
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -73,18 +73,20 @@ def request_log(log_format: str, level: str, out: TextIO) -> RequestSink | None:
 
 
 def _request_as_text(event: RequestFinished) -> str:
-    names = ""
-    if event.alias is not None:
-        names += f" model={_shown(event.alias)}"
-    if event.priority is not None:
-        names += f" priority={event.priority}"
-    if event.key is not None:
-        names += f" key={_shown(event.key)}"
+    what = _what((event.endpoint, event.alias, event.priority, event.key), event.outcome, event.status)
     incarnation = "" if event.incarnation is None else f" incarnation={event.incarnation}"
     return (
-        f"{_iso(event.finished_at)} [info   ] request id={_shown(event.request_id)} path={_shown(event.endpoint)}{names}"
-        f" outcome={event.outcome.word} status={event.status} seconds={round(event.duration_seconds, 4)}{incarnation}\n"
+        f"{_iso(event.finished_at)} [info   ] request id={_shown(event.request_id)}{what}"
+        f" seconds={round(event.duration_seconds, 4)}{incarnation}\n"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _what(asked: tuple[str, str | None, str | None, str | None], outcome: Outcome, status: int) -> str:
+    """What many requests have in common; `asked` are path, model, priority and key."""
+    named = zip(("path", "model", "priority", "key"), asked, strict=True)
+    names = [f" {name}={_shown(value)}" for name, value in named if value is not None]
+    return f"{''.join(names)} outcome={outcome.word} status={status}"
 
 
 def _request_as_json(event: RequestFinished) -> str:

@@ -148,9 +148,12 @@ class Metrics:
                 pass
 
     def requests(self, ended: Sequence[RequestFinished]) -> None:
-        """Count requests that ended."""
+        """Count requests that ended; those of a kind together, because each step of a counter takes a lock."""
+        kinds: dict[tuple[str | None, str, Outcome], list[RequestFinished]] = {}
         for event in ended:
-            self._finished(event)
+            kinds.setdefault((event.alias, event.endpoint, event.outcome), []).append(event)
+        for kind, events in kinds.items():
+            self._finished(kind, events)
 
     def _model(self, alias: str | None) -> str:
         model = "" if alias is None else alias.partition("#")[0]  # a replica counts as what it serves
@@ -160,31 +163,33 @@ class Metrics:
         bare = path.rstrip("/")
         return bare if bare in self._endpoints else OTHER
 
-    def _finished(self, event: RequestFinished) -> None:
-        outcome = event.outcome
-        kind = (event.alias, event.endpoint, outcome)
+    def _finished(self, kind: tuple[str | None, str, Outcome], ended: Sequence[RequestFinished]) -> None:
+        """Count requests of one kind."""
+        alias, endpoint, outcome = kind
         known = self._kinds.get(kind)
         if known is None:
-            model = self._model(event.alias)
+            model = self._model(alias)
             status = "success" if outcome is Outcome.OK else "error"
-            requests = self._requests(model, self._endpoint(event.endpoint), status, outcome.value)
+            requests = self._requests(model, self._endpoint(endpoint), status, outcome.value)
             known = self._kinds[kind] = (model, requests)
         model, requests = known
-        requests.inc()
-        if event.waited_seconds is not None and event.priority is not None:
-            self._wait(model, event.priority).observe(event.waited_seconds)
-        if outcome.timed:
-            self._duration(model).observe(event.duration_seconds)
-        if event.first_token_seconds is not None:
-            self._first_token(model).observe(event.first_token_seconds)
-        if event.seconds_per_output_token is not None:
-            self._per_token(model).observe(event.seconds_per_output_token)
-        if event.input_tokens:
-            self._tokens(model, "input").inc(event.input_tokens)
-        if event.output_tokens:
-            self._tokens(model, "output").inc(event.output_tokens)
-        if event.cached_tokens:
-            self._tokens(model, "cached").inc(event.cached_tokens)
+        requests.inc(len(ended))
+        read = written = cached = 0
+        for event in ended:
+            if event.waited_seconds is not None and event.priority is not None:
+                self._wait(model, event.priority).observe(event.waited_seconds)
+            if outcome.timed:
+                self._duration(model).observe(event.duration_seconds)
+            if event.first_token_seconds is not None:
+                self._first_token(model).observe(event.first_token_seconds)
+            if event.seconds_per_output_token is not None:
+                self._per_token(model).observe(event.seconds_per_output_token)
+            read += event.input_tokens or 0
+            written += event.output_tokens or 0
+            cached += event.cached_tokens or 0
+        for name, tokens in (("input", read), ("output", written), ("cached", cached)):
+            if tokens:
+                self._tokens(model, name).inc(tokens)
 
     # --- scrapes ----------------------------------------------------------------------------------
 

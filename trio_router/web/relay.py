@@ -31,12 +31,16 @@ NOT_FORWARDED: Final = HOP_BY_HOP | {
 NOT_RETURNED: Final = frozenset({b"content-length", b"date", b"server"})
 """The length is told anew, where there is one."""
 CORS_PREFIX: Final = b"access-control-"
-WHOLE_BYTES: Final = 64 * 1024
-"""An answer of known length up to this is read whole before it is begun: it can still be tried elsewhere."""
+WHOLE_BYTES: Final = 192 * 1024
+"""An answer of known length up to this is read whole before it is begun: until then it can be tried elsewhere, or
+refused with words. Less than the 256 KiB that are held for one client at most."""
 TAIL_BYTES: Final = 2048
 """How much of an answer's end is kept, for the token counts that stand there."""
 
 MAX_PIECES: Final = 12
+MAX_EVENTS: Final = 4
+"""How many of the last pieces are kept, of a stream: each is an event or more, and the token counts are in the last
+but one at the latest."""
 EVENT_ENDS: Final = (b"\n\n", b"\n\r\n")
 MAX_HALF_BYTES: Final = 16 * 1024
 """An event whose end has not come is held back up to this: if it never comes, no client has to make sense of half of it."""
@@ -137,8 +141,10 @@ class Outgoing:
                 return Opened(connection, answer, first)
             first = await connection.receive()
             if answer.length is not None and answer.length <= WHOLE_BYTES:
+                pieces = [first]
                 while not connection.complete:
-                    first += await connection.receive()
+                    pieces.append(await connection.receive())
+                first = b"".join(pieces)
         except NotWhole as error:
             path = "" if stoppable is None else stoppable.path
             log.warning("cannot be stopped at once", model=slot.backend.alias, path=path, why=str(error))
@@ -328,8 +334,11 @@ class Answer:
     def _passed(self, piece: bytes) -> bytes:
         if piece:
             self._last.append(piece if len(piece) <= TAIL_BYTES else piece[-TAIL_BYTES:])
-            if len(self._last) > MAX_PIECES:
-                self._last = [self.tail]
+            if len(self._last) > MAX_EVENTS:
+                if self.is_stream:
+                    del self._last[0]
+                elif len(self._last) > MAX_PIECES:
+                    self._last = [self.tail]
         return piece
 
     @property
