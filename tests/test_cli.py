@@ -175,6 +175,12 @@ def test_options_override_the_file(llama_server, served):
     assert (call.log_format, call.log_level) == ("json", "debug")
 
 
+def test_of_an_option_given_twice_the_last_one_counts(llama_server, served):
+    write(system={"llama_server_path": llama_server})
+    main(["serve", "--port", "0", "--port", "1"], {})
+    assert served[0].config.api.port == 1
+
+
 @pytest.mark.parametrize(
     ("option", "value", "reason"),
     [

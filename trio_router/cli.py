@@ -90,7 +90,9 @@ def _app(environ: Mapping[str, str]) -> "App":
         help_format="plaintext",
         version=f"trio-router {__version__}",
         config=_from_environment(environ),
-        default_parameter=Parameter(negative=(), parse="^(?!(environ|app)$)", show_default=_default),
+        default_parameter=Parameter(
+            allow_repeating=True, negative=(), parse="^(?!(environ|app)$)", show_default=_default
+        ),
         group_parameters=Group("Options", sort_key=9),
         group_arguments=Group("Arguments", sort_key=8),
     )
