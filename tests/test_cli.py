@@ -119,10 +119,17 @@ def test_each_command_has_a_page(command, capsys):
     assert about in lines
 
 
-def test_a_prompt_may_look_like_markup_or_an_option(capsys):
-    assert main(["fly", "[/bold]"], {}) == 2
-    assert 'Unknown command "fly"' in capsys.readouterr().err
-    assert main(["run", "--url", "127.0.0.1:9", "m", "--", "--json"], {}) == 3
+def test_a_word_that_looks_like_markup(capsys):
+    assert main(["[/bold]"], {}) == 2
+    assert 'Unknown command "[/bold]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", [["- and now?"], ["-5 + 3"], ["--", "--json"]])
+def test_a_prompt_may_look_like_an_option(prompt, monkeypatch):
+    asked = []
+    monkeypatch.setattr("trio_router.commands.chat.say", lambda router, model, talk: asked.extend(talk))
+    assert main(["run", "m", "--url", "127.0.0.1:9", *prompt], {}) == 0
+    assert asked == [{"role": "user", "content": prompt[-1]}]
 
 
 # --- which file -------------------------------------------------------------------------------------

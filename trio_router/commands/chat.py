@@ -3,7 +3,9 @@
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from trio_router.commands.options import AsJson
 from trio_router.commands.said import CLEAN, Said
@@ -12,7 +14,14 @@ from trio_router.commands.talk import HERE, Router
 Message = dict[str, str]
 
 
-def run(model: str, prompt: str | None = None, /, *, router: Router = HERE, as_json: AsJson = False) -> int:
+def run(
+    model: str,
+    prompt: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    /,
+    *,
+    router: Router = HERE,
+    as_json: AsJson = False,
+) -> int:
     """Answer a prompt, or talk.
 
     Parameters
