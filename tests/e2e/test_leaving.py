@@ -50,14 +50,32 @@ def busy(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFacto
             reader.join(30)
 
 
+CHAT = "/v1/chat/completions"
+TOOLS = [{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+
+
 @pytest.mark.parametrize(
-    ("stage", "stream", "by_quart"),
-    [("prompt", False, False), ("prompt", True, True), ("tokens", False, True), ("tokens", True, False)],
+    ("path", "more", "stage", "stream", "by_quart"),
+    [
+        (CHAT, {}, "prompt", False, False),
+        (CHAT, {}, "prompt", True, True),
+        (CHAT, {}, "tokens", False, True),
+        (CHAT, {}, "tokens", True, False),
+        (CHAT, {"tools": TOOLS}, "prompt", False, True),
+        (CHAT, {"tools": TOOLS}, "tokens", False, False),
+        ("/v1/messages", {}, "tokens", False, False),
+        ("/completion", {"prompt": "Once upon a time"}, "tokens", False, True),
+        ("/completion", {"prompt": "word " * 1500}, "prompt", True, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_its_slot_is_free_at_once(busy: RouterProcess, stage: str, *, stream: bool, by_quart: bool) -> None:
-    more: dict[str, Any] = {"messages": LONG} if stage == "prompt" else {}
+def test_its_slot_is_free_at_once(
+    busy: RouterProcess, path: str, more: dict[str, Any], stage: str, *, stream: bool, by_quart: bool
+) -> None:
+    if stage == "prompt":
+        more = {"messages": LONG, **more}
     body = chat_body("smollm2", stream=stream, max_tokens=MANY, ignore_eos=True, cache_prompt=False) | more
-    with busy.start_raw(json.dumps(body).encode(), by_quart=by_quart) as connection:
+    with busy.start_raw(json.dumps(body).encode(), path=path, by_quart=by_quart) as connection:
         busy.wait_for_status("smollm2", active=2)
         if stage == "tokens" and stream:
             assert b"data:" in connection.recv(4096) + connection.recv(4096)

@@ -65,9 +65,9 @@ async def test_it_is_done_again_from_the_start(sockets, way, stream):
         (LOW, {}, HIGH, False),
         (LOW, {}, NORMAL, True),
         (NORMAL, {}, HIGH, True),
-        (LOW, {"tools": [{}]}, HIGH, True),
+        (LOW, {"return_progress": True}, HIGH, True),
     ],
-    ids=["off", "for normal", "normal", "with tools"],
+    ids=["off", "for normal", "normal", "one that wants to hear of it"],
 )
 async def test_else_nobody_is_stopped(sockets, way, first, fields, second, on):
     server = Slow()

@@ -14,7 +14,10 @@ from tests.web.site import BODY, CHAT, open_site
 from tests.web.test_app import STREAM, WAYS, Server, chunk
 from trio_router.backend.connection import AnswerHead, BackendLost
 from trio_router.web.admission import read_wish
-from trio_router.web.stoppable import MAX_EVENT_BYTES, PATHS, Assembly, NotWhole, ResponseAssembly, Stoppable
+from trio_router.web.assembly import MAX_EVENT_BYTES, Assembly, NotWhole, ResponseAssembly, Whole
+from trio_router.web.message_assembly import MessageAssembly
+from trio_router.web.native_assembly import NativeAssembly
+from trio_router.web.stoppable import MESSAGES, PATHS, Stoppable
 
 TEXT = "/v1/completions"
 ENDS: dict[str, Any] = {"created": 2, "id": "chatcmpl-1", "model": "m", "system_fingerprint": "b1"}
@@ -44,6 +47,15 @@ def usage(count: int) -> dict[str, Any]:
     }
 
 
+def call(index: int, arguments: str, **first: Any) -> dict[str, Any]:
+    """A piece of the call of a tool."""
+    function: dict[str, Any] = {"arguments": arguments}
+    if first:
+        function = {"name": first.pop("name"), **function}
+        first["type"] = "function"
+    return chat({"tool_calls": [{"index": index, **first, "function": function}]})
+
+
 def progress(count: int) -> dict[str, Any]:
     return chat({"role": "assistant", "content": None}) | {"prompt_progress": {"total": 9, "processed": count}}
 
@@ -53,8 +65,8 @@ def text(said: str, *, index: int = 0, finish: str | None = None, **more: Any) -
     return {"choices": [choice | more], **ENDS, "object": "text_completion"}
 
 
-def assembled(stream: bytes, size: int = 1_000_000) -> tuple[int, bytes]:
-    assembly = Assembly()
+def assembled(stream: bytes, size: int = 1_000_000, assembly: Whole | None = None) -> tuple[int, bytes]:
+    assembly = assembly or Assembly()
     for at in range(0, len(stream), size):
         assembly.feed(stream[at : at + size])
     return assembly.whole()
@@ -72,14 +84,14 @@ def of(path: str, body: bytes | bytearray) -> Stoppable | None:
 
 @pytest.mark.parametrize("path", sorted(PATHS))
 def test_what_is_asked_for(path):
-    whole = of(path, b'{"model":"m","stream":false, "n":1} \r\n')
+    whole = of(path, b'{"model":"m","stream":false, "x":1} \r\n')
     assert whole is not None
     assert whole.whole
     found = json.loads(whole.body)  # as llama-server does, Python takes the last of a field that comes twice
     assert found == {
-        "model": "m", "n": 1, "stream": True, "stream_options": {"include_usage": True}, "return_progress": True,
+        "model": "m", "x": 1, "stream": True, "stream_options": {"include_usage": True}, "return_progress": True,
     }  # fmt: skip
-    for more in (b"", b'"tools":[],', b'"functions":[],'):
+    for more in (b"", b'"tools":[],', b'"functions":[],') if path not in MESSAGES else ():
         stream = of(path, bytearray(b'{"model":"m",%b"stream":true}' % more))
         assert stream is not None
         assert not stream.whole
@@ -89,16 +101,16 @@ def test_what_is_asked_for(path):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (CHAT, b'{"model":"m","tools":[]}'),
-        (CHAT, b'{"model":"m","t\\u006fols":[]}'),
-        (CHAT, b'{"model":"m","functions":[]}'),
         (CHAT, b'{"model":"m","return_progress":true}'),
         (CHAT, b'{"model":"m","return_progress":false,"stream":true}'),
         (CHAT, b'{"model":"m","n":2,"stream":true}'),
         (TEXT, b'{"model":"m","prompt":["a","b"],"stream":true}'),
-        ("/v1/messages", BODY),
+        (TEXT, b'{"model":"m","n_cmpl":2,"stream":true}'),
         ("/v1/messages", b'{"model":"m","stream":true}'),
-        ("/completion", BODY),
+        ("/completion", b'{"model":"m","prompt":["a","b"]}'),
+        ("/completion", b'{"model":"m","response_fields":["content"]}'),
+        ("/completion", b'{"model":"m","return_tokens":true}'),
+        ("/infill", b'{"model":"m","n_cmpl":2}'),
         ("/v1/embeddings", BODY),
     ],
 )
@@ -113,7 +125,27 @@ def test_several_answers_in_one_piece_can_be_put_together():
 
 def test_words_in_a_text_are_no_fields():
     body = json.dumps({"model": "m", "messages": [{"content": 'the "tools" and', "tools": 1}], "x": "tools"}).encode()
-    assert of(CHAT, body) is not None
+    found = of(CHAT, body)
+    assert found is not None
+    assert not found.tools
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"model":"m","tools":[]}', b'{"model":"m","t\\u006fols":[]}', b'{"model":"m","functions":[]}']
+)
+def test_tools_are_another_matter(body):
+    found = of(CHAT, body)
+    assert found is not None
+    assert found.tools
+    assert found.name == f"{CHAT} with tools"
+    found.check(AnswerHead(status=200, headers=[], length=3))
+    with pytest.raises(NotWhole) as caught:
+        found.check(AnswerHead(status=400, headers=[], length=3))
+    assert not caught.value.ever
+
+
+def test_what_has_to_wait_for_its_prompt():
+    assert [path for path in PATHS if not Stoppable(path, b"{}", whole=True).in_prompt] == ["/v1/messages"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +169,24 @@ def test_words_in_a_text_are_no_fields():
             ),
             '{"choices":[{"finish_reason":"length","index":0,"message":{"role":"assistant","content":"ok",'
             '"reasoning_content":"hm"}}],' + FOOT + "}",
+        ),
+        (
+            events(
+                BEGIN, call(0, '{"a":', id="x", name="f"), call(1, "", id="y", name="g"), call(1, '"}'), call(0, '"Ö'),
+                call(0, '"}'), chat({}, finish="tool_calls"), usage(3),
+            ),
+            '{"choices":[{"finish_reason":"tool_calls","index":0,"message":{"role":"assistant","content":"","tool_calls":['
+            '{"type":"function","function":{"name":"f","arguments":"{\\"a\\":\\"Ö\\"}"},"id":"x"},'
+            '{"type":"function","function":{"name":"g","arguments":"\\"}"},"id":"y"}]}}],' + FOOT + "}",
+        ),
+        (
+            events(
+                BEGIN, chat({"reasoning_content": "h"}), chat({"content": "a"}), call(0, "{}", id="x", name="f"),
+                chat({}, finish="tool_calls"), usage(3),
+            ),
+            '{"choices":[{"finish_reason":"tool_calls","index":0,"message":{"role":"assistant","content":"a",'
+            '"reasoning_content":"h","tool_calls":[{"type":"function","function":{"name":"f","arguments":"{}"},"id":"x"}]}}],'
+            + FOOT + "}",
         ),
         (
             events(
@@ -172,7 +222,7 @@ def test_words_in_a_text_are_no_fields():
             '"system_fingerprint":"b1","object":"text_completion","usage":3,"id":"chatcmpl-1"}'),
         ),
     ],
-    ids=["text", "nothing said", "reasoning", "probabilities", "two answers", "completion", "two completions"],
+    ids=["text", "nothing said", "reasoning", "tools", "tools after words",  "probabilities", "two answers", "completion", "two completions"],
 )  # fmt: skip
 def test_put_together(stream, whole):
     for size in (1_000_000, 100, 1):
@@ -197,6 +247,9 @@ def test_an_error_is_the_answer_that_it_would_have_been():
         events(BEGIN, chat({"content": "a"}), chat({}, finish="stop")),
         events(BEGIN, usage(3)),
         events(BEGIN, chat({"tool_calls": [{"index": 0}]}), chat({}, finish="stop"), usage(3)),
+        events(BEGIN, chat({"tool_calls": 1}), chat({}, finish="stop"), usage(3)),
+        events(BEGIN, chat({"content": 1}), chat({}, finish="stop"), usage(3)),
+        events(BEGIN, call(0, "{}"), chat({}, finish="stop"), usage(3)),
         events(BEGIN, chat({}, finish="stop"), usage(3))[:-9],
         events("[1]"),
         events({"object": "x"}),
@@ -210,8 +263,17 @@ def test_what_makes_no_whole_answer(stream):
         assembled(stream)
 
 
+def test_what_only_a_stream_can_end_with():
+    """llama-server reads an answer with tools again at each token, and may find that it took it for something else."""
+    lost = {"error": {"code": 500, "message": "Invalid diff: 'a' not found at start of 'b'", "type": "server_error"}}
+    for assembly in (Assembly(), NativeAssembly()):
+        with pytest.raises(NotWhole) as caught:
+            assembled(events(lost), assembly=assembly)
+        assert not caught.value.ever
+
+
 def test_what_is_too_long_is_no_event():
-    for assembly in (Assembly(), ResponseAssembly()):
+    for assembly in (Assembly(), ResponseAssembly(), MessageAssembly(), NativeAssembly()):
         assembly.feed(b"x" * MAX_EVENT_BYTES)
         with pytest.raises(NotWhole, match="an event has more than"):
             assembly.feed(b"x")
@@ -248,7 +310,7 @@ def test_a_whole_response(size):
     [
         b"",
         named("created"),
-        named("completed", response={**RESPONSE, "output": [{"type": "reasoning"}]}),
+        named("completed", response={**RESPONSE, "output": [{"type": "web_search_call"}]}),
         named("completed", response={**RESPONSE, "output": 5}),
         named("completed", response=5),
         named("completed"),
@@ -261,6 +323,37 @@ def test_what_makes_no_whole_response(stream):
     assembly.feed(stream)
     with pytest.raises(NotWhole):
         assembly.whole()
+
+
+def test_items_of_a_response_that_are_no_text():
+    """In the order of the stream, not the alphabet's."""
+    items = [
+        {"id": "rs_1", "summary": [], "type": "reasoning", "content": [], "encrypted_content": ""},
+        {
+            "id": "fc_1",
+            "type": "function_call",
+            "status": "completed",
+            "arguments": '{"b":1}',
+            "call_id": "c",
+            "name": "f",
+        },
+    ]
+    assembly = ResponseAssembly()
+    assembly.feed(named("completed", response={**RESPONSE, "output": items}))
+    _, body = assembly.whole()
+    assert (
+        b'"output":[{"id":"rs_1","summary":[],"type":"reasoning","content":[],"encrypted_content":"","status":"completed"},'
+        b'{"id":"fc_1","type":"function_call","status":"completed","arguments":"{\\"b\\":1}","call_id":"c","name":"f"}]'
+    ) in body
+
+
+@pytest.mark.parametrize(("ended", "ever"), [(events({"error": {"code": 500}}), False), (named("created"), True)])
+def test_a_response_that_ends_with_an_error_says_nothing_of_others(ended, ever):
+    assembly = ResponseAssembly()
+    assembly.feed(ended)
+    with pytest.raises(NotWhole) as caught:
+        assembly.whole()
+    assert caught.value.ever == ever
 
 
 @pytest.mark.parametrize("size", [1, 50, 10_000])
@@ -389,3 +482,37 @@ async def test_a_backend_that_answers_in_one_piece_all_the_same(sockets):
     async with open_site(sockets, Server(), stop_at_once=True) as site:
         reply = await site.ask("POST", CHAT, [], BODY)
         assert (reply.status, reply.body) == (200, b'{"ok":true}')
+
+
+class NoStreamWithTools:
+    """As llama-server refuses log probabilities beside tools in a stream only."""
+
+    def __init__(self) -> None:
+        self.asked: list[bytes] = []
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        while asked := await read_request(stream):
+            self.asked.append(asked.partition(b"\r\n\r\n")[2])
+            refused = b'"stream":true' in asked and b'"logprobs"' in asked
+            if refused:
+                await stream.send_all(answer(b'{"error":{"code":400}}').replace(b"200 OK", b"400 Bad Request"))
+            elif b'"stream":true' in asked:
+                said = events(BEGIN, call(0, "{}", id="x", name="f"), chat({}, finish="tool_calls"), usage(3))
+                await stream.send_all(STREAM + chunk(said) + b"0\r\n\r\n")
+            else:
+                await stream.send_all(answer(b'{"in":"one piece"}'))
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_what_is_refused_as_a_stream_is_asked_for_as_it_was(sockets, way):
+    """And the next one as a stream again."""
+    server = NoStreamWithTools()
+    body = b'{"model":"qwen","tools":[],"logprobs":true}'
+    async with open_site(sockets, server, stop_at_once=True) as site:
+        reply = await site.ask("POST", CHAT, WAYS[way], body)
+        assert (reply.status, reply.body) == (200, b'{"in":"one piece"}')
+        assert len(server.asked) == 2
+        assert server.asked[1] == body
+        reply = await site.ask("POST", CHAT, WAYS[way], b'{"model":"qwen","tools":[]}')
+        assert json.loads(reply.body)["choices"][0]["finish_reason"] == "tool_calls"
+        assert len(server.asked) == 3

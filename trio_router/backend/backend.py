@@ -75,7 +75,7 @@ class Backend:
     aboard: int = 0
     """How many requests ran when it was lost."""
     unstoppable: set[str] = attrs.field(factory=set)
-    """Paths whose whole answers could not be put together from its streams (`web.stoppable`)."""
+    """Kinds of requests whose whole answers could not be put together from its streams (`web.stoppable`)."""
     compute_errors: int = 0
     """Answers in a row that said that it cannot compute."""
     _illness: str | None = None

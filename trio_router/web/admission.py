@@ -118,6 +118,9 @@ class Talk(Body):
     functions: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     return_progress: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     n: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    n_cmpl: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    response_fields: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    return_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def wants_progress(self) -> bool:
@@ -132,9 +135,14 @@ class Talk(Body):
     @property
     def is_several(self) -> bool:
         """Whether it may ask for more answers than one."""
-        return self.n is not msgspec.UNSET or (
+        return (self.n, self.n_cmpl) != (msgspec.UNSET, msgspec.UNSET) or (
             self.prompt is not msgspec.UNSET and bytes(memoryview(self.prompt)[:1]) != b'"'
         )
+
+    @property
+    def is_cut_out(self) -> bool:
+        """Whether it says of one of llama-server's own answers what is to stand in it."""
+        return self.response_fields is not msgspec.UNSET or self.return_tokens is not msgspec.UNSET
 
     def conversation(self, session: bytes | None) -> Conversation | None:
         """Which one; None for several prompts at once, which need as many slots as there are."""

@@ -229,7 +229,8 @@ class Exchange:
         yields = system.preempt_low and ticket.priority is Priority.LOW
         if system.stop_at_once or yields:
             outgoing.stoppable = Stoppable.of(self.asked.path, self.body, talk, stream=self._stream)
-            ticket.yields = yields and outgoing.stoppable is not None  # else llama-server would go on with it
+            stops = outgoing.stoppable is not None and outgoing.stoppable.in_prompt
+            ticket.yields = yields and stops  # else llama-server would go on with it
         scheduler = self.registry.models[ticket.alias].scheduler
         if scheduler.chooses:
             ticket.conversation = talk.conversation(self.asked.session)

@@ -11,7 +11,8 @@ from trio_router.backend.backend import Slot
 from trio_router.backend.connection import HOP_BY_HOP, AnswerHead, BackendLost, Connection, Headers
 from trio_router.errors import BackendBroken, BackendTimeout, BackendUnavailable, RouterError
 from trio_router.fleet.scheduler import Lease
-from trio_router.web.stoppable import NotWhole, Stoppable
+from trio_router.web.assembly import NotWhole
+from trio_router.web.stoppable import Stoppable
 
 log = structlog.get_logger("trio_router.web")
 
@@ -136,19 +137,12 @@ class Outgoing:
                 raise self.refusal
             await connection.send(head, body)
             answer = await connection.receive_head()
-            if stoppable is not None and is_event_stream(answer):
-                answer, first = await stoppable.begin(connection, answer)
-                return Opened(connection, answer, first)
-            first = await connection.receive()
-            if answer.length is not None and answer.length <= WHOLE_BYTES:
-                pieces = [first]
-                while not connection.complete:
-                    pieces.append(await connection.receive())
-                first = b"".join(pieces)
+            return await begun(connection, answer, stoppable)
         except NotWhole as error:
-            path = "" if stoppable is None else stoppable.path
-            log.warning("cannot be stopped at once", model=slot.backend.alias, path=path, why=str(error))
-            slot.backend.unstoppable.add(path)
+            if error.ever and stoppable is not None:
+                log.warning("cannot be stopped at once", model=slot.backend.alias, path=stoppable.name, why=str(error))
+                slot.backend.unstoppable.add(stoppable.name)
+            self.stoppable = None
             slot.disconnect()
             return await self.attempt(slot)
         except BackendLost as lost:
@@ -158,7 +152,22 @@ class Outgoing:
             if lost.silent:
                 raise BackendTimeout(f"model {slot.backend.alias!r}: {lost}", param="model") from lost
             raise
-        return Opened(connection, answer, first)
+
+
+async def begun(connection: Connection, answer: AnswerHead, stoppable: Stoppable | None) -> Opened:
+    """The answer with the first bytes of its body. Raises BackendLost, NotWhole."""
+    if stoppable is not None:
+        stoppable.check(answer)
+        if is_event_stream(answer):
+            answer, first = await stoppable.begin(connection, answer)
+            return Opened(connection, answer, first)
+    first = await connection.receive()
+    if answer.length is not None and answer.length <= WHOLE_BYTES:
+        pieces = [first]
+        while not connection.complete:
+            pieces.append(await connection.receive())
+        first = b"".join(pieces)
+    return Opened(connection, answer, first)
 
 
 def in_slot(body: bytes | bytearray, index: int) -> bytes:
