@@ -15,7 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.backend.peer import answer, descriptors, linked, listening, no_files_left, read_request, say
 from trio_router.backend import connection as module
 from trio_router.backend.address import Address
-from trio_router.backend.connection import HOP_BY_HOP, MAX_HEAD_BYTES, AnswerHead, BackendLost, Connection
+from trio_router.backend.answer import HOP_BY_HOP, MAX_HEAD_BYTES, AnswerHead
+from trio_router.backend.connection import BackendLost, Connection
 
 REQUEST = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
 CHUNKED = (

@@ -11,8 +11,9 @@ from trio.testing import MockClock
 
 from tests.backend.peer import answer, listening, read_request, say
 from trio_router.backend.address import Address
+from trio_router.backend.answer import AnswerHead
 from trio_router.backend.backend import Slot
-from trio_router.backend.connection import AnswerHead, BackendLost
+from trio_router.backend.connection import BackendLost
 from trio_router.backend.health import expire_silent
 from trio_router.errors import BackendTimeout, BackendUnavailable
 from trio_router.fleet.scheduler import Lease

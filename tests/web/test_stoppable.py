@@ -12,7 +12,8 @@ import trio
 from tests.backend.peer import answer, linked, read_request, say
 from tests.web.site import BODY, CHAT, open_site
 from tests.web.test_app import STREAM, WAYS, Server, chunk
-from trio_router.backend.connection import AnswerHead, BackendLost
+from trio_router.backend.answer import AnswerHead
+from trio_router.backend.connection import BackendLost
 from trio_router.web.admission import read_wish
 from trio_router.web.assembly import MAX_EVENT_BYTES, Assembly, NotWhole, ResponseAssembly, Whole
 from trio_router.web.message_assembly import MessageAssembly

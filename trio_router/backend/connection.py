@@ -1,28 +1,22 @@
 """One HTTP/1.1 connection to a llama-server, used by one lease at a time.
 
 There is no pool: a slot keeps its connection, and whoever holds the slot's lease uses it. (httpx's pool is linear
-in its connections and does not survive cancellation: httpcore#1093.) The answer's body comes out as it came in,
-without its framing; several chunks that arrived together come out together.
+in its connections and does not survive cancellation: httpcore#1093.)
 
 *Error handling.* Whatever goes wrong between us and the backend is a `BackendLost`; nothing of sockets or of the
 parser gets out of this module. A backend that neither takes nor says anything for `patience_seconds` is one too: not
 by a cancel scope around each read, which would cost as much as the read, but by `expire_silent`, which whoever owns
 the connections calls every now and then.
-
-llama-server's plain answers begin with the same bytes again and again but for the length. Such a head is parsed once,
-by llhttp like all others, and known by its bytes from then on.
 """
 
 import errno
 import math
 import os
-import re
 import select
 import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
 
 import attrs
 import httptools
@@ -30,12 +24,12 @@ import outcome
 import trio
 
 from trio_router.backend.address import Address
+from trio_router.backend.answer import MAX_HEAD_BYTES, AnswerHead, Reading, head_of, kept
 from trio_router.backend.pump import Attention, Pump
 
 READ_BYTES = 64 * 1024
 BULK_BYTES = 4096
 BURST_BYTES = 256 * 1024
-MAX_HEAD_BYTES = 64 * 1024
 CONNECT_SECONDS = 10.0
 """A backend whose backlog is full for this long takes no more."""
 CONNECT_RETRY_SECONDS = 0.01
@@ -43,29 +37,6 @@ PING_BYTES = 20
 """llama-server says `:` in a stream that waits; less than this is no sign that it computes."""
 MAX_IDLE_SECONDS = 4.0
 """llama-server closes a connection that was idle for 5 s (cpp-httplib); a request must not cross that."""
-
-HOP_BY_HOP = frozenset(
-    {
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-    }
-)
-"""RFC 9110 section 7.6.1, and what older clients send."""
-
-Headers = list[tuple[bytes, bytes]]
-
-_END: Final = b"\r\n\r\n"
-_LENGTH: Final = re.compile(rb"\r\nContent-Length: ([0-9]{1,15})\r\n")
-_MOST_KNOWN: Final = 256
-_MAX_KNOWN_BYTES: Final = 2048
-_BODILESS: Final = frozenset({204, 304})
 
 
 class BackendLost(Exception):
@@ -83,164 +54,6 @@ class BackendLost(Exception):
         self.unsent = unsent
 
 
-@attrs.define(eq=False, kw_only=True)
-class AnswerHead:
-    """The first part of an answer; names are lower case, hop-by-hop headers are gone."""
-
-    status: int
-    headers: Headers
-    length: int | None = None
-    """Of the body, bytes, where the answer says so beforehand."""
-    memo: dict[str, Any] = attrs.field(factory=dict)
-    """For whoever passes answers on: shared by all whose heads are the same but for the length."""
-
-    def get(self, name: bytes) -> bytes | None:
-        """The first value of `name` (lower case), or None."""
-        return next((value for key, value in self.headers if key == name), None)
-
-
-@attrs.define(eq=False)
-class _Kind:
-    """Heads that are the same but for the length."""
-
-    status: int
-    before: Headers
-    after: Headers
-    """Headers before and after the length."""
-    memo: dict[str, Any] = attrs.field(factory=dict)
-
-
-_known: Final[dict[tuple[bytes, bytes], _Kind]] = {}
-"""By their bytes before and after the length. All of them are llama-server's, so they are few."""
-
-_heads: Final[dict[tuple[int | tuple[bytes, bytes], ...], AnswerHead]] = {}
-"""Heads that do not say how long the body is, by what they say."""
-
-
-@attrs.define(eq=False)
-class _Reading:
-    """What we know of the answer at hand: by its bytes, or because the parser has told us."""
-
-    status: int = 0
-    headers: Headers = attrs.field(factory=list)
-    head_bytes: int = 0
-    head_done: bool = False
-    barren_bytes: int = 0
-    """What came since there was last something for the client: a head, trailers or a chunk's name without an end."""
-    keep_alive: bool = False
-    """Whether the connection may carry another request; the parser knows until the answer's end."""
-    body: list[bytes] = attrs.field(factory=list)
-    done: bool = False
-    extra: bool = False
-    """Something came after the end: the connection cannot be trusted with another request."""
-    head: AnswerHead | None = None
-    left: int = 0
-    """Bytes of the body to come, of an answer whose head was known."""
-    parser: httptools.HttpResponseParser | None = None
-
-    def recognise(self, data: bytes) -> bool:
-        """Take the first bytes of an answer, if its head is one we know."""
-        end = data.find(_END)
-        if end < 0 or (length := _LENGTH.search(data, 0, end + 2)) is None:
-            return False
-        kind = _known.get((data[: length.start(1)], data[length.end(1) : end]))
-        if kind is None:
-            return False
-        digits = length[1]
-        self.left = int(digits)
-        self.head = AnswerHead(
-            status=kind.status,
-            headers=[*kind.before, (b"content-length", digits), *kind.after],
-            length=self.left,
-            memo=kind.memo,
-        )
-        self.head_done = self.keep_alive = True
-        self.done = not self.left
-        if len(data) > end + len(_END):
-            self.take(data[end + len(_END) :])
-        return True
-
-    def take(self, data: bytes) -> None:
-        """Take more bytes of an answer whose head was known."""
-        if len(data) > self.left:
-            self.extra = True
-            data = data[: self.left]
-        if data:
-            self.left -= len(data)
-            self.body.append(data)
-            self.done = not self.left
-
-    def feed(self, data: bytes) -> None:
-        """Have the parser take more bytes. Raises httptools' errors."""
-        if self.parser is None:
-            self.parser = httptools.HttpResponseParser(self)
-            self.parser.feed_data(data)
-            self._get_to_know(data)
-        else:
-            self.parser.feed_data(data)
-
-    def _get_to_know(self, data: bytes) -> None:
-        """Remember the head that `data`, the first bytes of an answer, begins with, if it is a plain one."""
-        end = data.find(_END)
-        if end < 0 or not self.head_done or not self.keep_alive or self.status < 200 or self.status in _BODILESS:
-            return
-        names = [name for name, _ in self.headers]
-        length = _LENGTH.search(data, 0, end + 2)
-        if length is None or b"transfer-encoding" in names or names.count(b"content-length") != 1:
-            return
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        headers = kept(self.headers)
-        place = [name for name, _ in headers].index(b"content-length")
-        kind = _Kind(self.status, headers[:place], headers[place + 1 :])
-        _known[data[: length.start(1)], data[length.end(1) : end]] = kind
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self.head_done:  # a trailer, which is no header (RFC 9110 section 6.5.1), or part of something extra
-            return
-        self.head_bytes += len(name) + len(value)
-        if self.head_bytes > MAX_HEAD_BYTES:
-            raise ValueError(f"headers of more than {MAX_HEAD_BYTES} bytes")
-        self.headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        if self.parser is not None and not self.head_done:
-            self.head_done = True
-            self.status = self.parser.get_status_code()
-            self.keep_alive = self.parser.should_keep_alive()
-
-    def on_body(self, body: bytes) -> None:
-        if not self.extra:
-            self.body.append(body)
-
-    def on_message_begin(self) -> None:
-        self.extra = self.done
-
-    def on_message_complete(self) -> None:
-        self.done = True
-
-
-def head_of(status: int, headers: Headers) -> AnswerHead:
-    """What an answer begins with. Those of streams are all the same, and then the same object."""
-    head = _heads.get((status, *headers))
-    if head is None:
-        head = AnswerHead(status=status, headers=headers)
-        length = head.get(b"content-length")
-        if length is not None:
-            head.length = int(length) if length.isdigit() else None
-        elif sum(len(name) + len(value) for name, value in headers) <= _MAX_KNOWN_BYTES:
-            if len(_heads) >= _MOST_KNOWN:
-                _heads.clear()
-            _heads[status, *headers] = head
-    return head
-
-
-def kept(headers: Headers) -> Headers:
-    """`headers` without those that concern the connection alone."""
-    listed = {name.strip().lower() for key, value in headers if key == b"connection" for name in value.split(b",")}
-    return [(key, value) for key, value in headers if key not in HOP_BY_HOP and key not in listed]
-
-
 @attrs.define(eq=False)
 class Connection:
     """A connection and the state of the exchange on it.
@@ -253,7 +66,7 @@ class Connection:
     """Non-blocking."""
     _news: select.poll = attrs.field(init=False, repr=False)
     """Whether there is anything to read, asked without reading."""
-    _reading: _Reading = attrs.field(factory=_Reading)
+    _reading: Reading = attrs.field(factory=Reading)
     _idle_since: float | None = None
     """When the last exchange ended, `time.monotonic`; None while one is under way."""
     _reused: bool = False
@@ -339,7 +152,7 @@ class Connection:
         self._reused = self._idle_since is not None
         self._idle_since = None
         self._answered = self._more = False
-        self._reading = _Reading()
+        self._reading = Reading()
         try:
             if len(body) <= READ_BYTES:
                 data = head + body

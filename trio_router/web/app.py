@@ -20,7 +20,7 @@ from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
 
-from trio_router.backend.connection import Headers
+from trio_router.backend.answer import Headers
 from trio_router.errors import (
     HeadRefused,
     InternalError,

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from trio_router.backend.connection import Headers
+from trio_router.backend.answer import Headers
 from trio_router.web.admission import Admission
 
 ALLOWED_METHODS: Final = b"GET, POST, OPTIONS"

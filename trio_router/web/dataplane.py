@@ -20,7 +20,7 @@ import attrs
 import structlog
 import trio
 
-from trio_router.backend.connection import Headers
+from trio_router.backend.answer import Headers
 from trio_router.errors import BodyTooLarge, HeadRefused, InternalError, RequestTimeout, RouterError
 from trio_router.fleet.registry import Registry
 from trio_router.telemetry.events import Events

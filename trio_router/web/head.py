@@ -13,7 +13,7 @@ import attrs
 import h11
 from h11._receivebuffer import ReceiveBuffer
 
-from trio_router.backend.connection import Headers
+from trio_router.backend.answer import Headers
 from trio_router.errors import HeadRefused
 from trio_router.web.admission import INFERENCE_PATHS
 

@@ -15,7 +15,7 @@ import attrs
 import msgspec
 import trio
 
-from trio_router.backend.connection import Headers
+from trio_router.backend.answer import Headers
 from trio_router.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,

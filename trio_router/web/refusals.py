@@ -10,7 +10,7 @@ from typing import Final
 
 from hypercorn.typing import ASGISendCallable
 
-from trio_router.backend.connection import Headers
+from trio_router.backend.answer import Headers
 from trio_router.errors import HeadRefused
 from trio_router.web.admission import request_id
 from trio_router.web.head import NO_WEBSOCKETS

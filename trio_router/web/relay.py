@@ -7,8 +7,9 @@ from typing import Any, Final
 import attrs
 import structlog
 
+from trio_router.backend.answer import HOP_BY_HOP, AnswerHead, Headers
 from trio_router.backend.backend import Slot
-from trio_router.backend.connection import HOP_BY_HOP, AnswerHead, BackendLost, Connection, Headers
+from trio_router.backend.connection import BackendLost, Connection
 from trio_router.errors import BackendBroken, BackendTimeout, BackendUnavailable, RouterError
 from trio_router.fleet.scheduler import Lease
 from trio_router.web.assembly import NotWhole

@@ -24,8 +24,9 @@ from typing import Final
 
 import attrs
 
+from trio_router.backend.answer import AnswerHead, Headers
 from trio_router.backend.backend import Backend
-from trio_router.backend.connection import AnswerHead, Connection, Headers
+from trio_router.backend.connection import Connection
 from trio_router.web.admission import Talk
 from trio_router.web.assembly import END, Assembly, NotWhole, ResponseAssembly, Whole
 from trio_router.web.message_assembly import MessageAssembly
