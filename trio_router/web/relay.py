@@ -200,21 +200,20 @@ class Answer:
     """The last pieces that went out, and maybe a few more than `tail` needs."""
     status: int = attrs.field(init=False)
     """The backend's own."""
+    is_stream: bool = attrs.field(init=False)
+    """Whether the body is a stream of events."""
     _begun: bool = False
     _over: bool = False
     _half: bytes = b""
     """The beginning of an event whose end has not come."""
 
     def __attrs_post_init__(self) -> None:
-        self.status = self.opened.head.status
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether the body is a stream of events."""
-        memo = self.opened.head.memo
-        if "stream" not in memo:
-            memo["stream"] = is_event_stream(self.opened.head)
-        return bool(memo["stream"])
+        head = self.opened.head
+        self.status = head.status
+        known = head.memo.get("stream")
+        if known is None:
+            known = head.memo["stream"] = is_event_stream(head)
+        self.is_stream = known
 
     @property
     def handed_out(self) -> bool:
