@@ -14,7 +14,7 @@ from tests.web.test_app import EVENTS, STREAM, WAYS, Server, chunk
 from trio_router.telemetry.events import Outcome
 
 THEIRS = {"date", "x-queue-time-ms", "x-queue-position", "connection"}
-"""What may differ: Hypercorn says the time of day and when it closes, a wait is measured, and so is its place."""
+"""What may differ: the time of day, that Hypercorn says when it closes, a wait, which is measured, and its place."""
 KIB = 1024
 
 

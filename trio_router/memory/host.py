@@ -1,6 +1,7 @@
 """How much of the host's memory is available to us: Linux's own number, and the bounds of our control groups."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -9,6 +10,7 @@ import attrs
 
 FRESH_SECONDS: Final = 1.0
 KIB: Final = 1024
+_DIGITS: Final = re.compile("[0-9]{1,19}")
 _UNBOUNDED: Final = 1 << 60
 """Control groups of version 1 say a number like this for no limit."""
 
@@ -46,16 +48,16 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _mem_available(path: Path) -> int | None:
-    text = _read(path) or ""
-    for line in text.splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * KIB
-    return None
+    kib = _value(_read(path), "MemAvailable:")
+    return None if kib is None else kib * KIB
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, group = line.split(":", 2)
+        _, _, named = line.partition(":")
+        controllers, found, group = named.partition(":")
+        if not found:
+            continue
         if controllers == "":
             names = ("memory.max", "memory.current", "inactive_file")
             top = root / "sys/fs/cgroup"
@@ -73,18 +75,31 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 def _left(folder: Path, limit_name: str, used_name: str, droppable_name: str) -> int | None:
     """Bytes that a group may still take; None if it has no limit."""
-    limit, used = _read(folder / limit_name), _read(folder / used_name)
-    if limit is None or used is None or not limit.strip().isdigit() or int(limit) >= _UNBOUNDED:
+    limit, used = _number(_read(folder / limit_name)), _number(_read(folder / used_name))
+    if limit is None or used is None or limit >= _UNBOUNDED:
         return None
-    droppable = 0
-    for line in (_read(folder / "memory.stat") or "").splitlines():
-        if line.startswith(f"{droppable_name} "):
-            droppable = int(line.split()[1])
-    return max(0, int(limit) - int(used) + droppable)
+    droppable = _value(_read(folder / "memory.stat"), droppable_name) or 0
+    return max(0, limit - used + droppable)
+
+
+def _value(text: str | None, name: str) -> int | None:
+    """The number behind `name`, at the beginning of a line."""
+    for line in (text or "").splitlines():
+        first, *rest = line.split(maxsplit=2)[:2] or [""]
+        if first == name:
+            return _number(rest[0]) if rest else None
+    return None
+
+
+def _number(text: str | None) -> int | None:
+    """None for anything else, such as `max`."""
+    match = _DIGITS.fullmatch((text or "").strip())
+    return None if match is None else int(match[0])
 
 
 def _read(path: Path) -> str | None:
+    """What stands in a file of the kernel's; None where there is none, or nothing that could be a name."""
     try:
-        return path.read_text()
-    except OSError:
+        return path.read_text("ascii", "replace")
+    except (OSError, ValueError):  # a path with a zero byte is the latter
         return None

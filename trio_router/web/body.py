@@ -18,6 +18,8 @@ IDLE_SECONDS = 30.0
 DISCARD_SECONDS = 2.0
 """How long a body that is too large is still read, and thrown away, so that its client gets to our answer."""
 
+INVITE = "trio_router.invite"
+"""Under this name a request's scope has, among its extensions, what tells a client that waits for it to send its body."""
 COMMAND_BYTES = 64 * 1024
 """What the body of a management request may have."""
 
@@ -27,6 +29,9 @@ async def read_body(request: Request, limit: int) -> bytes:
     declared = request.content_length
     if declared is not None and declared > limit:
         raise _too_large(request, limit)
+    invite: Any = request.scope.get("extensions", {}).get(INVITE)
+    if invite is not None:
+        await invite()
     body = bytearray()
     with trio.CancelScope() as patience:
         patience.deadline = trio.current_time() + IDLE_SECONDS

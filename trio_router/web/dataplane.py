@@ -27,6 +27,7 @@ from trio_router.telemetry.events import Events
 from trio_router.web.admission import Admission, request_id
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.cors import cors_headers
+from trio_router.web.date import date_line
 from trio_router.web.head import BARE_LINE_FEED, END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
@@ -401,10 +402,11 @@ def _common(lines: bytes, identity: str) -> bytes:
 
 
 def _head(status: int, lines: bytes, *, chunked: bool, close: bool) -> bytes:
-    return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (
+    return b"HTTP/1.1 %d %b\r\n%b%b%b%b\r\n" % (
         status,
         REASONS.get(status, b""),
         lines,
+        date_line(),
         b"transfer-encoding: chunked\r\n" if chunked else b"",
         b"connection: close\r\n" if close else b"",
     )

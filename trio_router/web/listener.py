@@ -21,7 +21,8 @@ import errno
 import logging
 import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 import attrs
@@ -29,13 +30,14 @@ import h11
 import structlog
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, ConnectionState, Scope
 
 from trio_router.web import dataplane
+from trio_router.web.body import INVITE
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.dataplane import HEAD_SECONDS, WRITE_STALL_SECONDS, DataPlane
 from trio_router.web.hangup import Hangups
@@ -48,6 +50,7 @@ log = structlog.get_logger("trio_router.web")
 BACKLOG: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 GONE_SECONDS: Final = 0.1
+CONTINUE: Final = b"HTTP/1.1 100 "
 KEPT_FILES: Final = 1024
 """For llama-servers, their pipes and slots, and for reading files; of few files half."""
 OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
@@ -147,6 +150,17 @@ class ConnectionApp:
     """Set at the end of the HTTP/1 answer that is under way; None when none is."""
     answering: trio.lowlevel.Task | None = None
     """Whose answer that is."""
+    invitation: Callable[[], Awaitable[None]] | None = None
+    """Sends the `100 Continue` that Hypercorn has for a client that waits for it; None when there is none."""
+    reads_body: bool = False
+    """Whether the body is wanted already: a request that is refused by its head need not send it."""
+
+    async def invite(self) -> None:
+        """Have the client send its body, if it waits for a word."""
+        send, self.invitation = self.invitation, None
+        self.reads_body = send is None
+        if send is not None:
+            await send()
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable, *more: Any) -> None:
         if scope["type"] == "websocket":  # Quart has no route for one, and says so with a traceback
@@ -156,8 +170,12 @@ class ConnectionApp:
         async def noting(message: ASGISendEvent) -> None:
             if self.answered is None and scope.get("http_version") in {"1.0", "1.1"}:
                 self.answered, self.answering = trio.Event(), trio.lowlevel.current_task()
+            if message["type"] == "http.response.start":  # not at its end: the next request may be there by then
+                self.invitation, self.reads_body = None, False
             await send(message)
 
+        if scope["type"] == "http":
+            scope["extensions"][INVITE] = self.invite  # type: ignore[assignment]
         try:
             with self.in_flight:
                 await self.app(scope, receive, noting, *more)
@@ -169,6 +187,8 @@ class ConnectionApp:
 
 class ConnectionServer(TCPServer):
     """Hypercorn's, which lets an answer out before it closes for what came behind its request.
+
+    It invites no body that nobody reads: Hypercorn sends `100 Continue` as soon as it has read the head.
 
     Bytes after a request whose answer says `Connection: close` break the protocol in h11's eyes. Hypercorn's reader
     closes at once then, often before the answer's first byte was sent by another task.
@@ -184,6 +204,9 @@ class ConnectionServer(TCPServer):
 
     async def protocol_send(self, event: Event) -> None:
         app = cast("ConnectionApp", self.app)
+        if isinstance(event, RawData) and event.data.startswith(CONTINUE) and not app.reads_body:
+            app.invitation = partial(super().protocol_send, event)
+            return
         if isinstance(event, Closed) and app.answered is not None and app.answering is not trio.lowlevel.current_task():
             await app.answered.wait()
         await super().protocol_send(event)
