@@ -160,6 +160,13 @@ def test_what_has_to_wait_for_its_prompt():
             '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":"Grüße \\"\\\\\\n"}}],' + FOOT + "}",
         ),
         (
+            events(  # what a client gave it to go on with comes with a line on progress
+                BEGIN, progress(1) | {"choices": chat({"content": "a"})["choices"]}, progress(9), BEGIN, chat({"content": "b"}),
+                chat({}, finish="stop"), usage(3), "[DONE]",
+            ),
+            '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":"ab"}}],' + FOOT + "}",
+        ),
+        (
             events(BEGIN, chat({}, finish="stop"), usage(3), "[DONE]"),
             '{"choices":[{"finish_reason":"stop","index":0,"message":{"role":"assistant","content":""}}],' + FOOT + "}",
         ),
@@ -223,7 +230,7 @@ def test_what_has_to_wait_for_its_prompt():
             '"system_fingerprint":"b1","object":"text_completion","usage":3,"id":"chatcmpl-1"}'),
         ),
     ],
-    ids=["text", "nothing said", "reasoning", "tools", "tools after words",  "probabilities", "two answers", "completion", "two completions"],
+    ids=["text", "a beginning", "nothing said", "reasoning", "tools", "tools after words",  "probabilities", "two answers", "completion", "two completions"],
 )  # fmt: skip
 def test_put_together(stream, whole):
     for size in (1_000_000, 100, 1):

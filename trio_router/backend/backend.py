@@ -76,6 +76,8 @@ class Backend:
     """How many requests ran when it was lost."""
     unstoppable: set[str] = attrs.field(factory=set)
     """Kinds of requests whose whole answers could not be put together from its streams (`web.stoppable`)."""
+    beginning: set[str] = attrs.field(factory=set)
+    """Paths on which it did not go on with what it had said (`web.continuing`)."""
     compute_errors: int = 0
     """Answers in a row that said that it cannot compute."""
     _illness: str | None = None

@@ -112,7 +112,7 @@ class SystemConfig:
     stop_at_once: bool = True
     """Have llama-server say how far it is, so that it stops at once when a client leaves."""
     preempt_low: bool = False
-    """Whether a low request whose answer has not begun gives its slot to a high one, and is done again later."""
+    """Whether a low request whose answer has not begun gives its slot to a high one, and goes on later."""
     cache_affinity: bool = True
     """Have a conversation go on in the slot that holds it: requests name their slot, where a model has several."""
     backend_transport: BackendTransport = BackendTransport.UNIX

@@ -5,8 +5,8 @@ place and is tried on the next incarnation. What "try" means, which bytes go whe
 
 The cases, after a try that ended with a `BackendLost`:
 
-0. We ended the try ourselves, so that a high request has its slot (`system.preempt_low`): queued again as in 6, and
-   done from the start.
+0. We ended the try ourselves, so that a high request has its slot (`system.preempt_low`): queued again as in 6. Whether
+   it then goes on or begins anew is the caller's business too.
 1. The kept connection was stale (llama-server closes idle ones): once more on the same slot, on a fresh one.
 2. The backend lives on: it broke off, or answered what is not HTTP. The client gets 502, nothing is repeated. If
    it could not even be reached (there is no file descriptor left), 503.

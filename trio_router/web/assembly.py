@@ -90,7 +90,7 @@ def written(fields: Iterable[tuple[str, bytes | msgspec.Raw]]) -> bytes:
 
 
 @attrs.define
-class _Choice:
+class Choice:
     """One of the answers to a request, while it is put together. All of it is JSON, byte by byte."""
 
     texts: dict[str, list[bytes]] = attrs.field(factory=dict)
@@ -119,7 +119,10 @@ class _Choice:
             for call in ITEMS.decode(value):
                 self.calls.setdefault(COUNT.decode(call["index"]), _Call()).take(call)
         elif value != b"null":
-            self.texts.setdefault(name, []).append(inside(value))
+            pieces = self.texts.setdefault(name, [])
+            if name == "role":  # it may be said again
+                pieces.clear()
+            pieces.append(inside(value))
 
     def text(self, name: str) -> bytes:
         return b'"%b"' % b"".join(self.texts.get(name, ()))
@@ -171,9 +174,11 @@ class Assembly:
     """A chat's answer, or that to a bare prompt in OpenAI's words."""
 
     _events: Events = attrs.field(factory=Events)
-    _choices: dict[int, _Choice] = attrs.field(factory=dict)
+    _choices: dict[int, Choice] = attrs.field(factory=dict)
     _last: dict[str, bytes] = attrs.field(factory=dict)
     """What stands in the answer once, as it was said last."""
+    _timings: bytes | None = None
+    """At the last token, if it says so."""
     _finished: int = 0
     """The choice that was spoken of last."""
     _error: tuple[int, bytes] | None = None
@@ -193,11 +198,12 @@ class Assembly:
         if "error" in chunk:
             self._error = error_in(data, chunk["error"])
             return
-        if "prompt_progress" in chunk:
-            return
         for found in ITEMS.decode(chunk.pop("choices")):
             self._finished = COUNT.decode(found["index"])
-            self._choices.setdefault(self._finished, _Choice()).take(found)
+            self._choices.setdefault(self._finished, Choice()).take(found)
+        if "prompt_progress" in chunk:  # what an answer goes on with comes with it
+            return
+        self._timings = chunk.get("timings", self._timings)
         if self._finished != 0 or "usage" not in chunk:  # those of the first choice stand in the answer
             chunk.pop("usage", None)
             chunk.pop("timings", None)
@@ -216,7 +222,7 @@ class Assembly:
             raise NotWhole(f"a call of a tool lacks its {error}") from error
 
     @staticmethod
-    def _in_order(choices: dict[int, _Choice], last: dict[str, bytes]) -> bytes:
+    def _in_order(choices: dict[int, Choice], last: dict[str, bytes]) -> bytes:
         """In llama-server's order."""
         is_chat = last.pop("object", b"").endswith(b'.chunk"')
         kind = b'"chat.completion"' if is_chat else b'"text_completion"'

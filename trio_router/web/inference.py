@@ -31,6 +31,7 @@ from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import Talk, check_encoding, check_json, deadline_seconds, priority, read_wish
+from trio_router.web.continuing import Continuing
 from trio_router.web.keep_alive import keep_alive_seconds
 from trio_router.web.keepalive import STREAMED, KeepAlive, Waiting
 from trio_router.web.keys import Holder
@@ -231,6 +232,9 @@ class Exchange:
             outgoing.stoppable = Stoppable.of(self.asked.path, self.body, talk, stream=self._stream)
             stops = outgoing.stoppable is not None and outgoing.stoppable.in_prompt
             ticket.yields = yields and stops  # else llama-server would go on with it
+            if ticket.yields and outgoing.stoppable is not None and not self._stream:
+                continuing = Continuing.of(ticket, self.asked.path, self.body, talk)
+                outgoing.stoppable = attrs.evolve(outgoing.stoppable, continuing=continuing)
         scheduler = self.registry.models[ticket.alias].scheduler
         if scheduler.chooses:
             ticket.conversation = talk.conversation(self.asked.session)

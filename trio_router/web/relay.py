@@ -126,12 +126,8 @@ class Outgoing:
         could not be given to another. Raises BackendLost, BackendTimeout, and what `cut` says.
         """
         self.slot = slot
-        key = slot.backend.address.key
         stoppable = None if self.stoppable is None else self.stoppable.on(slot.backend)
-        body = self.body if stoppable is None else stoppable.body
-        if self.pinned and slot.backend.pins:
-            body = in_slot(body, slot.index)
-        head = request_head(self.start, len(body), request_id=self.request_id, key=key)
+        head, body = self._for(slot, stoppable)
         try:
             connection = await slot.connect()
             if self.refusal is not None:
@@ -140,10 +136,10 @@ class Outgoing:
             answer = await connection.receive_head()
             return await begun(connection, answer, stoppable)
         except NotWhole as error:
-            if error.ever and stoppable is not None:
-                log.warning("cannot be stopped at once", model=slot.backend.alias, path=stoppable.name, why=str(error))
-                slot.backend.unstoppable.add(stoppable.name)
-            self.stoppable = None
+            if stoppable is not None:
+                self.stoppable = stoppable.otherwise(slot.backend, error)
+                if error.ever:
+                    log.warning("asked otherwise", model=slot.backend.alias, path=stoppable.name, why=str(error))
             slot.disconnect()
             return await self.attempt(slot)
         except BackendLost as lost:
@@ -153,6 +149,13 @@ class Outgoing:
             if lost.silent:
                 raise BackendTimeout(f"model {slot.backend.alias!r}: {lost}", param="model") from lost
             raise
+
+    def _for(self, slot: Slot, stoppable: Stoppable | None) -> tuple[bytes, bytes | bytearray]:
+        """The request as it is sent there: head and body."""
+        body = self.body if stoppable is None else stoppable.body
+        if self.pinned and slot.backend.pins:
+            body = in_slot(body, slot.index)
+        return request_head(self.start, len(body), request_id=self.request_id, key=slot.backend.address.key), body
 
 
 async def begun(connection: Connection, answer: AnswerHead, stoppable: Stoppable | None) -> Opened:

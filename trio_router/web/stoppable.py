@@ -26,9 +26,10 @@ import attrs
 
 from trio_router.backend.answer import AnswerHead, Headers
 from trio_router.backend.backend import Backend
-from trio_router.backend.connection import Connection
+from trio_router.backend.connection import BackendLost, Connection
 from trio_router.web.admission import Talk
 from trio_router.web.assembly import END, Assembly, NotWhole, ResponseAssembly, Whole
+from trio_router.web.continuing import Continuing, NotContinued, PartAssembly
 from trio_router.web.message_assembly import MessageAssembly
 from trio_router.web.native_assembly import NativeAssembly
 
@@ -54,6 +55,8 @@ class Stoppable:
     """Whether the client wants its answer in one piece."""
     tools: bool = False
     """Whether the model may call some."""
+    continuing: Continuing | None = None
+    """Keeps what came of a whole answer, if it is interrupted."""
 
     @classmethod
     def of(cls, path: str, body: bytes | bytearray, talk: Talk, *, stream: bool) -> "Stoppable | None":
@@ -80,22 +83,42 @@ class Stoppable:
         more = b',"return_progress":true}'
         if self.whole:  # of fields that come twice, llama-server takes the last
             more = b',"stream":true,"stream_options":{"include_usage":true}' + more
-        end = len(self.source)
-        while self.source[end - 1] in _BLANKS:
+        source = self.source
+        if self.continuing is not None:
+            source, more = self.continuing.body, b',"timings_per_token":true' + more
+        end = len(source)
+        while source[end - 1] in _BLANKS:
             end -= 1
-        return b"".join((memoryview(self.source)[: end - 1], more))
+        return b"".join((memoryview(source)[: end - 1], more))
 
     def on(self, backend: Backend) -> "Stoppable | None":
         """None where the request is to be sent as it is: to who is no llama-server, or makes no whole of such answers."""
-        return None if not backend.genuine or (self.whole and self.name in backend.unstoppable) else self
+        if not backend.genuine or (self.whole and self.name in backend.unstoppable):
+            return None
+        return attrs.evolve(self, continuing=None) if self.path in backend.beginning else self
+
+    def otherwise(self, backend: Backend, error: NotWhole) -> "Stoppable | None":
+        """What is sent since this was no way to ask that one; None: the request as it is."""
+        if isinstance(error, NotContinued) and self.continuing is not None:
+            backend.beginning.add(self.path)
+            self.continuing.parts.clear()
+            return self
+        if error.ever:
+            backend.unstoppable.add(self.name)
+        return None
 
     def check(self, head: AnswerHead) -> None:
-        """Raise NotWhole if the answer is a refusal that may be the stream's only."""
+        """Raise NotWhole if the answer is a refusal that may be the stream's only, NotContinued if it may be a part's."""
+        if head.status >= 400 and self.continuing is not None and self.continuing.parts:
+            raise NotContinued(f"it answers with status {head.status}")
         if self.whole and self.tools and head.status >= 400:
             raise NotWhole(f"a stream was answered with status {head.status}", ever=False)
 
     async def begin(self, connection: Connection, head: AnswerHead) -> tuple[AnswerHead, bytes]:
-        """The answer's head, and the first bytes of it, as the client is to have them. Raises BackendLost, NotWhole."""
+        """The answer's head, and the first bytes of it, as the client is to have them.
+
+        Raises BackendLost, NotWhole, NotContinued.
+        """
         if not self.whole:
             first = _first_of_response if self.path in RESPONSES else _first_event
             return head, await first(connection)
@@ -105,9 +128,14 @@ class Stoppable:
             assembly.feed(piece)
             return True
 
-        while piece := await connection.receive():
-            assembly.feed(piece)
-            await connection.stream(take)
+        try:
+            while piece := await connection.receive():
+                assembly.feed(piece)
+                await connection.stream(take)
+        except BackendLost:
+            if isinstance(assembly, PartAssembly):
+                assembly.keep()
+            raise
         status, body = assembly.whole()
         headers: Headers = [
             (name, b"application/json; charset=utf-8" if name == b"content-type" else value)
@@ -118,6 +146,8 @@ class Stoppable:
         return AnswerHead(status=status, headers=headers, length=len(body)), body
 
     def _assembly(self) -> Whole:
+        if self.continuing is not None:
+            return PartAssembly(continuing=self.continuing)
         if self.path in RESPONSES:
             return ResponseAssembly()
         if self.path in MESSAGES:
