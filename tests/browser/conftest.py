@@ -1,9 +1,7 @@
-"""A headless Chromium with a profile of its own, driven by Debian's `chromium-driver`."""
+"""Debian's Chromium without a screen, driven by Playwright."""
 
-import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,37 +9,38 @@ import pytest
 from tests.conftest import _missing
 
 if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
+    from playwright.sync_api import Browser, Page
 
 FLAGS = (
-    "--headless",
     "--no-sandbox",  # tests may run as root, in a container
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
     "--no-proxy-server",
 )
+MILLISECONDS = 15_000
+"""How long something may take to be seen."""
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Chrome"]:
+def browser() -> Iterator["Browser"]:
     """One for a module's tests."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        _missing("no Chromium: apt-get install chromium chromium-driver")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        _missing("no Chromium: apt-get install chromium")
         raise AssertionError
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+    from playwright.sync_api import expect, sync_playwright
 
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    # it must not be asked for a driver over the network, nor reach ours through a proxy
-    service = ChromeService(driver, env={"PATH": os.environ["PATH"], "HOME": str(Path.home()), "NO_PROXY": "*"})
-    with Chrome(options, service) as chrome:
-        chrome.set_script_timeout(20)
-        yield chrome
+    expect.set_options(timeout=MILLISECONDS)
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: "Browser") -> Iterator["Page"]:
+    """A window that nobody has used."""
+    with browser.new_context(viewport={"width": 1280, "height": 900}, locale="en-GB") as context:
+        context.set_default_timeout(MILLISECONDS)
+        yield context.new_page()

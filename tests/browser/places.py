@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 
-class Page:
+class OtherOrigin:
     """A server that has one page."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -15,55 +15,39 @@ from tests.harness.processes import wait_until
 from tests.harness.router import RouterProcess
 
 if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
+    from playwright.sync_api import Browser, Locator, Page
 
 pytestmark = [pytest.mark.process, pytest.mark.browser]
 
 SECONDS = 15
-TEXT = "return document.body.innerText"
+ENDLESS = {"tokens": 10_000, "token_seconds": 0.05}
 
 
-def says(browser: "Chrome", *words: str) -> str:
-    """Wait until the page says all of it; returns what it says."""
-    text = ""
+def says(page: "Page", *words: str) -> None:
+    """Wait until the page says all of it."""
+    from playwright.sync_api import expect
 
-    def look() -> bool:
-        nonlocal text
-        text = browser.execute_script(TEXT)
-        return all(word in text for word in words)
-
-    try:
-        wait_until(look, timeout_seconds=SECONDS)
-    except TimeoutError:
-        raise AssertionError(f"the page does not say {words}: {text}") from None
-    return text
+    for each in words:
+        expect(page.locator("body")).to_contain_text(each, use_inner_text=True)
 
 
-def press(browser: "Chrome", alias: str, button: str) -> None:
-    pressed = browser.execute_script(
-        "const row = document.querySelector(`tr[data-alias='${arguments[0]}']`);"
-        "const found = [...row.querySelectorAll('button')].find((each) => each.innerText === arguments[1]);"
-        "found?.click(); return Boolean(found)",
-        alias,
-        button,
-    )
-    assert pressed, f"{alias} has no button {button}"
+def row(page: "Page", alias: str) -> "Locator":
+    return page.locator(f"tr[data-alias='{alias}']")
 
 
-def state(browser: "Chrome", alias: str) -> str:
-    found: str = browser.execute_script(
-        "return document.querySelector(`tr[data-alias='${arguments[0]}'] .state`)?.innerText ?? ''", alias
-    )
-    return found
+def press(page: "Page", alias: str, button: str) -> None:
+    row(page, alias).get_by_role("button", name=button, exact=True).click()
 
 
-def until_state(browser: "Chrome", alias: str, wanted: str) -> None:
-    wait_until(lambda: state(browser, alias) == wanted, timeout_seconds=SECONDS, what=f"{alias} {wanted}")
+def until_state(page: "Page", alias: str, wanted: str) -> None:
+    from playwright.sync_api import expect
+
+    expect(row(page, alias).locator(".state")).to_have_text(wanted, use_inner_text=True)
 
 
-def complaints(browser: "Chrome") -> list[dict[str, Any]]:
-    """What the browser's console says is wrong, a policy that was not kept among it."""
-    return [each for each in browser.get_log("browser") if each["level"] == "SEVERE"]
+def ask(page: "Page", words: str) -> None:
+    page.get_by_role("textbox", name="message").fill(words)
+    page.get_by_role("button", name="Send").click()
 
 
 @pytest.fixture
@@ -73,26 +57,32 @@ def router(start_router: StartRouter) -> RouterProcess:
 
 
 @pytest.fixture
-def page(browser: "Chrome", router: RouterProcess) -> Iterator["Chrome"]:
-    browser.get("about:blank")
-    browser.get_log("browser")
-    browser.get(f"{router.url}/")
-    yield browser
-    browser.get("about:blank")  # its streams end
+def complaints(page: "Page") -> list[str]:
+    """What the browser's console says is wrong, a policy that was not kept among it."""
+    found: list[str] = []
+    page.on("console", lambda said: found.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: found.append(str(error)))
+    return found
 
 
-def test_what_an_operator_does(page: "Chrome", router: RouterProcess) -> None:
-    says(page, "swift", "broken", "0 of 2 models in memory")
-    assert page.current_url == f"{router.url}/ui/"
-    press(page, "swift", "Load")
-    until_state(page, "swift", "ready")
-    says(page, "1 of 2 models in memory")
+@pytest.fixture
+def dashboard(router: RouterProcess, page: "Page", complaints: list[str]) -> "Iterator[Page]":
+    """Nothing is wrong on it when the test is over."""
+    page.goto(f"{router.url}/")
+    yield page
+    assert complaints == []
+
+
+def test_what_an_operator_does(dashboard: "Page", router: RouterProcess) -> None:
+    says(dashboard, "swift", "broken", "0 of 2 models in memory")
+    assert dashboard.url == f"{router.url}/ui/"
+    press(dashboard, "swift", "Load")
+    until_state(dashboard, "swift", "ready")
+    says(dashboard, "1 of 2 models in memory")
 
     # a chat answers, and its figures are shown
-    page.execute_script(
-        "const form = document.querySelector('form.say'); form.words.value = 'hello'; form.requestSubmit()"
-    )
-    says(page, "first token after", "tokens/s")
+    ask(dashboard, "hello")
+    says(dashboard, "first token after", "tokens/s")
 
     # a crash shows, and heals as soon as somebody asks
     pid = httpx.get(f"{router.url}/v1/models/swift/status").json()["pid"]
@@ -101,87 +91,47 @@ def test_what_an_operator_does(page: "Chrome", router: RouterProcess) -> None:
         lambda: httpx.get(f"{router.url}/v1/models/swift/status").json()["pid"] not in {pid, None},
         timeout_seconds=SECONDS,
     )
-    until_state(page, "swift", "ready")
+    until_state(dashboard, "swift", "ready")
 
     # what was decided stands there, with the reason
-    says(page, "Decisions", "start")
-    said = httpx.get(f"{router.url}/v1/router/decisions").json()["decisions"][-1]["why"]
-    says(page, said)
+    says(dashboard, "Decisions", "start")
+    says(dashboard, httpx.get(f"{router.url}/v1/router/decisions").json()["decisions"][-1]["why"])
 
     # what fails says why, and can be reset
-    press(page, "broken", "Load")
-    until_state(page, "broken", "failed")
+    press(dashboard, "broken", "Load")
+    until_state(dashboard, "broken", "failed")
     why = httpx.get(f"{router.url}/v1/models/broken/status").json()["error_message"]
-    says(page, why.splitlines()[0])
-    press(page, "broken", "Reset")
-    until_state(page, "broken", "off")
+    says(dashboard, why.splitlines()[0])
+    press(dashboard, "broken", "Reset")
+    until_state(dashboard, "broken", "off")
 
-    press(page, "swift", "Eject")
-    until_state(page, "swift", "off")
-    assert complaints(page) == []
+    press(dashboard, "swift", "Eject")
+    until_state(dashboard, "swift", "off")
 
 
-def test_a_request_is_seen_and_cancelled(page: "Chrome", router: RouterProcess) -> None:
+def test_a_request_is_seen_and_cancelled(dashboard: "Page", router: RouterProcess) -> None:
     assert router.chat("swift").status_code == 200
-    says(page, "Requests under way", "None.")
-    endless = {"tokens": 10_000, "token_seconds": 0.05}
-    pending = router.in_background("swift", stream=True, fake=endless, headers={"X-Request-ID": "mine"}, timeout=60)
-    pressed = "const found = document.querySelector(`tr[data-request='mine'] button`); found?.click(); return !!found"
-    wait_until(lambda: page.execute_script(pressed), timeout_seconds=SECONDS)
+    says(dashboard, "Requests under way", "None.")
+    pending = router.in_background("swift", stream=True, fake=ENDLESS, headers={"X-Request-ID": "mine"}, timeout=60)
+    dashboard.locator("tr[data-request='mine']").get_by_role("button", name="Cancel").click()
     assert "request_cancelled" in pending.answer().text
-    says(page, "None.")
-    assert complaints(page) == []
+    says(dashboard, "None.")
 
 
-def test_variants_can_be_talked_to(browser: "Chrome", start_router: StartRouter, header_gguf: Path) -> None:
+def test_variants_can_be_talked_to(start_router: StartRouter, page: "Page", header_gguf: Path) -> None:
     table = {
         "model_path": header_gguf,
         "name": "Swift One",
         "variants": {"wild": {"set": {"temperature": 1.5}}},
     }
     router = start_router(models={"swift": table})
-    browser.get(f"{router.url}/ui/")
-    says(browser, "Swift One", "swift:wild")
-    browser.execute_script(
-        "const chosen = document.querySelector('select[aria-label=\"model of the chat\"]');"
-        "chosen.value = 'swift:wild'; chosen.dispatchEvent(new Event('change'))"
-    )
-    says(browser, "Ask swift:wild something")
-    browser.execute_script(
-        "const form = document.querySelector('form.say'); form.words.value = 'hello'; form.requestSubmit()"
-    )
-    says(browser, "first token after")
-    until_state(browser, "swift", "ready")
-    browser.get("about:blank")
-
-
-def test_a_phone(page: "Chrome", router: RouterProcess, pictures: Path) -> None:
-    """Nothing stands beside the screen, and everything can be done there."""
-    screen = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    try:
-        press_when_there(page)
-        until_state(page, "swift", "ready")
-        press(page, "broken", "Load")
-        until_state(page, "broken", "failed")
-        wide = page.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
-        assert wide == [390, 390]
-        buttons = page.execute_script(
-            "return [...document.querySelectorAll('td.actions button')].map((each) => each.getBoundingClientRect().right)"
-        )
-        assert buttons
-        assert max(buttons) <= 390
-        endless = {"tokens": 10_000, "token_seconds": 0.05}
-        pending = router.in_background("swift", stream=True, fake=endless, headers={"X-Request-ID": "mine"}, timeout=60)
-        cancel = (
-            "const found = document.querySelector(`tr[data-request='mine'] button`); if (!found) return 0;"
-            "found.click(); return found.getBoundingClientRect().right"
-        )
-        assert wait_until(lambda: page.execute_script(cancel), timeout_seconds=SECONDS) <= 390
-        assert "request_cancelled" in pending.answer().text
-        assert page.save_screenshot(str(pictures / "dashboard-phone.png"))
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    page.goto(f"{router.url}/ui/")
+    says(page, "Swift One")
+    page.get_by_label("model of the chat").select_option("swift:wild")
+    says(page, "Ask swift:wild something")
+    ask(page, "hello")
+    says(page, "first token after")
+    until_state(page, "swift", "ready")
 
 
 @pytest.fixture
@@ -192,41 +142,78 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_both_themes(page: "Chrome", theme: str, pictures: Path) -> None:
-    page.execute_script("localStorage.setItem('theme', arguments[0])", theme)
-    page.set_window_size(1280, 1600)
-    page.refresh()
-    press_when_there(page)
-    until_state(page, "swift", "ready")
-    wait_until(lambda: page.execute_script("return document.querySelectorAll('canvas').length") == 3)
-    assert page.execute_script("return document.documentElement.dataset.theme") == theme
+def test_a_phone(router: RouterProcess, browser: "Browser", pictures: Path) -> None:
+    """Nothing stands beside the screen, and everything can be done there."""
+    with browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True) as phone:
+        page = phone.new_page()
+        page.goto(f"{router.url}/ui/")
+        row(page, "swift").get_by_role("button", name="Load").tap()
+        until_state(page, "swift", "ready")
+        row(page, "broken").get_by_role("button", name="Load").tap()
+        until_state(page, "broken", "failed")
+        assert page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]") == [390, 390]
+        buttons = page.locator("td.actions button").all()
+        assert len(buttons) == 7
+        assert max(right(each) for each in buttons) <= 390
+        pending = router.in_background("swift", stream=True, fake=ENDLESS, headers={"X-Request-ID": "mine"}, timeout=60)
+        cancel = page.locator("tr[data-request='mine']").get_by_role("button", name="Cancel")
+        assert right(cancel) <= 390
+        page.screenshot(path=pictures / "dashboard-phone.png", full_page=True)
+        cancel.tap()
+        assert "request_cancelled" in pending.answer().text
+
+
+def right(found: "Locator") -> float:
+    box = found.bounding_box()
+    assert box is not None
+    return box["x"] + box["width"]
+
+
+def test_both_themes(dashboard: "Page", router: RouterProcess, pictures: Path) -> None:
+    # as it looks while something is done
+    press(dashboard, "swift", "Load")
+    press(dashboard, "broken", "Load")
+    ask(dashboard, "hello")
+    says(dashboard, "first token after")
+    until_state(dashboard, "broken", "failed")
+    pending = router.in_background("swift", stream=True, fake=ENDLESS, headers={"X-Request-ID": "mine"}, timeout=60)
+    mine = dashboard.locator("tr[data-request='mine']")
+    mine.wait_for()
+    assert dashboard.locator("canvas").count() == 3
+    for before, theme in (("auto", "light"), ("light", "dark")):
+        dashboard.get_by_role("button", name=f"colours: {before}").click()
+        until_theme(dashboard, theme)
+        dashboard.mouse.move(0, 0)
+        picture = pictures / f"dashboard-{theme}.png"
+        dashboard.screenshot(path=picture, full_page=True, animations="disabled")
+        assert picture.stat().st_size > 20_000
+    dashboard.reload()
+    until_theme(dashboard, "dark")
+    mine.get_by_role("button", name="Cancel").click()
+    assert "request_cancelled" in pending.answer().text
+
+
+def until_theme(page: "Page", theme: str) -> None:
+    page.get_by_role("button", name=f"colours: {theme}").wait_for()
+    page.wait_for_function("theme => document.documentElement.dataset.theme === theme", arg=theme)
     # pico's ground: white, or nearly black
-    ground = page.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
+    ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert (min(int(each) for each in re.findall(r"\d+", ground)[:3]) > 128) == (theme == "light"), ground
-    picture = pictures / f"dashboard-{theme}.png"
-    assert page.save_screenshot(str(picture))
-    assert picture.stat().st_size > 20_000
-    assert complaints(page) == []
 
 
-def press_when_there(page: "Chrome") -> None:
-    says(page, "swift")
-    press(page, "swift", "Load")
+def test_with_keys_it_asks_for_one(start_router: StartRouter, page: "Page") -> None:
+    from playwright.sync_api import expect
 
-
-def test_with_keys_it_asks_for_one(browser: "Chrome", start_router: StartRouter) -> None:
     router = start_router(models={"swift": []}, environment={"API_KEY": "sk-secret"})
-    browser.get(f"{router.url}/ui/")
-    says(browser, "API key")
-    enter = "const form = document.querySelector('form.key'); form.key.value = arguments[0]; form.requestSubmit()"
-    browser.execute_script(enter, "sk-wrong")
-    says(browser, "API key")
-    browser.execute_script(enter, "sk-secret")
-    says(browser, "swift", "0 of 1 models in memory")
-    press(browser, "swift", "Load")
-    until_state(browser, "swift", "ready")
-    assert browser.execute_script("return sessionStorage.length") == 1
-    assert browser.execute_script("return Object.values(localStorage).includes('sk-secret')") is False
-    browser.execute_script("sessionStorage.clear()")
-    browser.get("about:blank")
+    page.goto(f"{router.url}/ui/")
+    key, enter = page.get_by_label("API key"), page.get_by_role("button", name="Enter")
+    key.fill("sk-wrong")
+    enter.click()
+    expect(key).to_have_value("")  # it asks again
+    key.fill("sk-secret")
+    enter.click()
+    says(page, "swift", "0 of 1 models in memory")
+    press(page, "swift", "Load")
+    until_state(page, "swift", "ready")
+    assert page.evaluate("sessionStorage.length") == 1
+    assert page.evaluate("Object.values(localStorage).includes('sk-secret')") is False

@@ -1,18 +1,17 @@
 """The seed's JavaScript, unchanged, in a real browser."""
 
 import json
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.browser.places import Page, Relay
+from tests.browser.places import OtherOrigin, Relay
 from tests.conftest import StartRouter
 from tests.harness.processes import wait_until
 from tests.harness.router import RouterProcess
 
 if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
+    from playwright.sync_api import Page
 
 pytestmark = [pytest.mark.process, pytest.mark.browser]
 
@@ -39,16 +38,17 @@ for (const name of ["full_status", "model_update", "server_update", "heartbeat"]
   eventSource.addEventListener(name, (e) => { window.ids.push([name, e.lastEventId]); });
 eventSource.onerror = () => { window.failures.push(eventSource.readyState); };
 """
+SCRIPT = f"() => {{ {CONSOLE}{SEED}{MORE} }}"
 
 
 class Seen:
     """What the page saw."""
 
-    def __init__(self, browser: "Chrome") -> None:
-        self.browser = browser
+    def __init__(self, page: "Page") -> None:
+        self.page = page
 
     def get(self, name: str) -> list[Any]:
-        found: list[Any] = self.browser.execute_script(f"return window.{name}")
+        found: list[Any] = self.page.evaluate(f"window.{name}")
         return found
 
     def until_said(self, *words: Any) -> list[list[Any]]:
@@ -72,13 +72,12 @@ LIFE = [f"Model qwen: {state}" for state in ("starting", "loading", "ready", "st
 
 
 @pytest.fixture
-def same_origin(browser: "Chrome", start_router: StartRouter) -> Iterator[tuple[RouterProcess, Seen]]:
+def same_origin(start_router: StartRouter, page: "Page") -> tuple[RouterProcess, Seen]:
     """The seed's script, run on a page of the router itself."""
     router = start_router(qwen=[], llama=[])
-    browser.get(f"{router.url}/health")
-    browser.execute_script(f"{CONSOLE}{SEED}{MORE}")
-    yield router, Seen(browser)
-    browser.get("about:blank")
+    page.goto(f"{router.url}/health")
+    page.evaluate(SCRIPT)
+    return router, Seen(page)
 
 
 def test_the_seeds_script(same_origin: tuple[RouterProcess, Seen]) -> None:
@@ -98,13 +97,13 @@ def test_the_seeds_script(same_origin: tuple[RouterProcess, Seen]) -> None:
     assert seen.get("failures") == []
 
 
-def test_it_connects_again_and_resumes(browser: "Chrome", start_router: StartRouter) -> None:
+def test_it_connects_again_and_resumes(start_router: StartRouter, page: "Page") -> None:
     """The network is cut in the middle, and nothing is missed."""
     router = start_router(qwen=[])
     with Relay(router.port) as relay:
-        browser.get(f"{relay.url}/health")
-        browser.execute_script(f"{CONSOLE}{SEED}{MORE}")
-        seen = Seen(browser)
+        page.goto(f"{relay.url}/health")
+        page.evaluate(SCRIPT)
+        seen = Seen(page)
         seen.until_connected()
         router.post("/v1/models/load", {"model": "qwen"})
         seen.until_said("Model qwen: ready")
@@ -114,14 +113,14 @@ def test_it_connects_again_and_resumes(browser: "Chrome", start_router: StartRou
         assert seen.get("failures") == [0]  # CONNECTING: it tries again by itself
         assert seen.changes() == LIFE
         assert [words[0] for words in seen.get("said")].count("Initial:") == 1
-        browser.get("about:blank")
+        page.goto("about:blank")  # the relay waits for its connections
 
 
-def test_a_restarted_router_begins_anew(browser: "Chrome", start_router: StartRouter) -> None:
+def test_a_restarted_router_begins_anew(start_router: StartRouter, page: "Page") -> None:
     first = start_router(qwen=[])
-    browser.get(f"{first.url}/health")
-    browser.execute_script(f"{CONSOLE}{SEED}{MORE}")
-    seen = Seen(browser)
+    page.goto(f"{first.url}/health")
+    page.evaluate(SCRIPT)
+    seen = Seen(page)
     seen.until_connected()
     first.terminate()
     assert first.wait() == 0
@@ -130,17 +129,16 @@ def test_a_restarted_router_begins_anew(browser: "Chrome", start_router: StartRo
     start_router(qwen=[], arguments=("--port", str(first.port)))
     seen.until_connected(times=2)
     assert seen.get("ids")[-1][1].split("-")[0] != said[-1][1].split("-")[0]
-    browser.get("about:blank")
 
 
-def test_a_page_of_another_origin(browser: "Chrome", start_router: StartRouter) -> None:
+def test_a_page_of_another_origin(start_router: StartRouter, page: "Page") -> None:
     """`api.cors_origins` lets its script read; without, the browser keeps the stream from it."""
-    with Page() as page:
+    with OtherOrigin() as other:
         for allowed in (True, False):
-            router = start_router(qwen=[], api={"cors_origins": [page.url] if allowed else []})
-            page.show(f"{CONSOLE}{SEED}{MORE}", base=router.url)
-            browser.get(page.url)
-            seen = Seen(browser)
+            router = start_router(qwen=[], api={"cors_origins": [other.url] if allowed else []})
+            other.show(f"{CONSOLE}{SEED}{MORE}", base=router.url)
+            page.goto(other.url)
+            seen = Seen(page)
             if allowed:
                 seen.until_connected()
                 router.post("/v1/models/load", {"model": "qwen"})
@@ -149,23 +147,22 @@ def test_a_page_of_another_origin(browser: "Chrome", start_router: StartRouter) 
                 wait_until(lambda seen=seen: seen.get("failures"), timeout_seconds=15)
                 assert seen.get("failures") == [2]  # CLOSED: it does not try again
                 assert seen.get("said") == []
-            browser.get("about:blank")
+            page.goto("about:blank")
 
 
-def test_metrics_stream(browser: "Chrome", start_router: StartRouter) -> None:
+def test_metrics_stream(start_router: StartRouter, page: "Page") -> None:
     router = start_router(qwen=[])
-    browser.get(f"{router.url}/health")
-    told = browser.execute_async_script(
-        """
-        const done = arguments[0], found = [];
+    page.goto(f"{router.url}/health")
+    told = page.evaluate(
+        """() => new Promise((done) => {
+        const found = [];
         const source = new EventSource("/metrics/stream");
         source.addEventListener("metrics", (e) => {
           found.push(e.data);
           if (found.length == 3) { source.close(); done(found); }
         });
-        """
+        })"""
     )
     first, *_, last = map(json.loads, told)
     assert [model["alias"] for model in last["models"]] == ["qwen"]
     assert last["server"]["uptime_seconds"] - first["server"]["uptime_seconds"] > 3
-    browser.get("about:blank")

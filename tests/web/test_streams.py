@@ -162,6 +162,21 @@ async def test_the_first_change_of_a_count_is_told_at_once(autojump_clock: trio.
     assert told == [(0.0, 1, 1), (2.0, 1, 0), (4.0, 0, 0)]
 
 
+async def test_counts_are_told_at_once_to_who_comes_back(autojump_clock: trio.testing.MockClock) -> None:
+    """A page that is loaded anew."""
+    async with watched(a=1) as here:
+        await here.fleet.load("a")
+        with here.streams.status.reader(None):
+            await trio.sleep(1)
+        watcher = here.watch()
+        await trio.sleep(1)
+        began = trio.current_time()
+        here.fleet.soon("a", 2.0)
+        await trio.sleep(1)
+        told = [(at - began, data["active"]) for at, data in watcher.updates()]
+    assert told == [(0.0, 1)]
+
+
 async def test_states_are_never_coalesced_nor_reordered(autojump_clock: trio.testing.MockClock) -> None:
     async with watched(a=1) as here:
         watcher = here.watch()

@@ -41,7 +41,6 @@ class Streams:
     registry: Registry
     measure: Callable[[], Mapping[str, Any]]
     """The data of a `metrics` event."""
-    """Everybody who has a stream open, those of logs too."""
     status: Hub = attrs.field(init=False)
     metrics: Hub = attrs.field(init=False)
     _shown: dict[str, Mapping[str, Any]] = attrs.field(init=False)
@@ -126,7 +125,8 @@ class Streams:
 
     def _show_counts(self) -> None:
         stale, self._stale = self._stale, {}
-        self._counted = trio.Event()
+        if self._counted.is_set():  # one that is not set may be waited for
+            self._counted = trio.Event()
         for alias in stale:
             self._show(alias)
 

@@ -15,10 +15,10 @@ export function Chart({ title, unit, history, series, headline }) {
     const grid = { stroke: "rgba(128,128,128,.15)", width: 1 };
     const axis = { stroke: "#8a94a6", grid, ticks: grid, font: "11px system-ui" };
     plot.current = new uPlot({
-      width: place.current.clientWidth, height: HEIGHT, padding: [8, 8, 0, 0],
+      width: place.current.clientWidth, height: HEIGHT, padding: [8, 28, 0, 0],
       cursor: { y: false }, legend: { show: false },
       scales: {
-        x: { range: (_, low, high) => (high ? [Math.min(low, high - SHOWN_SECONDS), high] : [0, 1]) },
+        x: { range: (_, low, high) => (high ? [Math.min(low, high - SHOWN_SECONDS), high] : [Date.now() / 1000 - SHOWN_SECONDS, Date.now() / 1000]) },
         y: { range: (_, low, high) => [0, Math.max(1, (high || 0) * 1.15)] },
       },
       axes: [{ ...axis, values: (_, times) => times.map((at) => new Date(at * 1000).toLocaleTimeString([], { hour12: false })), space: 70 }, { ...axis, size: 44 }],
@@ -33,5 +33,5 @@ export function Chart({ title, unit, history, series, headline }) {
   const told = last ? headline.map((value) => number(value(last))).join(" / ") : "";
   return html`<article><h2>${title} <output>${told} <small>${unit}</small></output></h2>
     <div ref=${place}></div>
-    ${series.length > 1 && html`<div class="legend">${series.map((one) => html`<span><i style=${{ background: one.stroke }}></i>${one.label}</span>`)}</div>`}</article>`;
+    <div class="legend">${series.map((one) => html`<span><i style=${{ background: one.stroke }}></i>${one.label}</span>`)}</div></article>`;
 }

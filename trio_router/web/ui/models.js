@@ -40,7 +40,7 @@ function Row({ model, listed, act, onLog, onChat, numbers }) {
     <td class="actions">
       <button class="outline secondary" onClick=${() => onChat(model.alias)}>Chat</button>
       <button class="outline secondary" onClick=${() => onLog(model.alias)}>Log</button>
-      ${model.status === "failed" && html`<button onClick=${() => act("reset", model.alias)}>Reset</button>`}
+      ${model.status === "failed" && html`<button class="outline" onClick=${() => act("reset", model.alias)}>Reset</button>`}
       ${LOADED.has(model.status)
         ? html`<button class="secondary" onClick=${() => act("eject", model.alias)}>Eject</button>`
         : html`<button disabled=${model.status === "stopping"} onClick=${() => act("load", model.alias)}>Load</button>`}
