@@ -1,6 +1,7 @@
 """The paths of llama-server's own router mode."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -39,6 +40,21 @@ def test_load_and_unload(router: RouterProcess) -> None:
     entry = next(each for each in router.get("/models").json()["data"] if each["id"] == "sees")
     assert entry["architecture"] == {"input_modalities": ["text", "image"], "output_modalities": ["text"]}
     assert entry["status"]["args"] == ["llama-server", "--mmproj", "x"]
+
+
+def test_unload_does_not_wait_for_what_runs(router: RouterProcess, tmp_path: Path) -> None:
+    """Open WebUI gives it 30 s, as long as running requests may take."""
+    gate = tmp_path / "gate"
+    running = router.in_background("one", fake={"hold_until": str(gate)})
+    router.wait_for_status("one", active=1)
+    assert router.post("/models/unload", {"model": "one"}).json() == {"success": True}
+    assert values(router)["one"] == "unloaded"
+    router.wait_for_status("one", active=1)
+    again = router.post("/models/unload", {"model": "one"})
+    assert (again.status_code, again.json()["error"]["code"]) == (400, "model_is_not_running")
+    gate.touch()
+    assert running.answer().status_code == 200
+    router.wait_for_status("one", status="off")
 
 
 def test_what_failed_says_so(router: RouterProcess) -> None:

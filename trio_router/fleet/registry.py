@@ -315,19 +315,27 @@ class Registry:
 
         Requests that wait for it go on waiting, and have it loaded again. Raises UnknownModel.
         """
+        leaving = self.eject_soon(alias, force=force)
+        for model, residency in leaving:
+            while model.state.resident and model.residency == residency:
+                await model.until_settled()
+        return bool(leaving)
+
+    def eject_soon(self, alias: str, *, force: bool = False) -> list[tuple[Model, int]]:
+        """Have the model unloaded, without waiting; returns who leaves, each with the residency that ends.
+
+        Raises UnknownModel.
+        """
         leader = self.model(alias)
         drain = 0.0 if force else self.config.system.drain_timeout_sec
-        ejected = []
+        leaving = []
         for model in (leader, *leader.replicas):
             if model.state.resident:
                 self._mail.send_nowait(_Eject(model=model, force=force, drain_seconds=drain))
-                ejected.append((model, model.residency))
+                leaving.append((model, model.residency))
             else:
                 model.kept = model.preload = False
-        for model, residency in ejected:
-            while model.state.resident and model.residency == residency:
-                await model.until_settled()
-        return bool(ejected)
+        return leaving
 
     def reset(self, alias: str) -> tuple[bool, str | None]:
         """Let a failed model be tried again: whether there was anything to reset, and what the error was."""

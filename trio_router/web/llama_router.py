@@ -181,7 +181,10 @@ def _add_all_models(app: QuartTrio, registry: Registry, events: Events) -> None:
     @app.post("/models/unload")
     async def router_unload() -> Response:
         model = registry.model(await named_model())
-        if not await registry.eject(model.alias):
+        running = any(each.state.resident and each.retiring is None for each in (model, *model.replicas))
+        # at once, as llama-server does: running requests may take longer than programs wait for this (Open WebUI: 30 s)
+        registry.eject_soon(model.alias)
+        if not running:
             raise ModelIsNotRunning(f"model {model.alias!r} is not running", param="model")
         return json_response({"success": True})
 

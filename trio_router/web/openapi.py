@@ -333,7 +333,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     Endpoint(
         method="post",
         path="/models/unload",
-        summary="Unload a model, after its running requests.",
+        summary="Unload a model, after its running requests; answers at once.",
         tag="llama-server's router",
         answers={200: (JSON, _object(success={"const": True}))},
         errors=(404, 408, 413),
