@@ -10,7 +10,7 @@
     |  `- supervisor[...]
     |- notifier.run                 systemd's watchdog, if it is there
     |- streams.run                  heartbeats and numbers for those who watch
-    |- keeper.run                   comments for streams that wait
+    |- waiting_streams.run          comments for streams that wait
     `- listener                     last to start
        `- connection ...            holds a lease while it streams
 
@@ -59,10 +59,10 @@ from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Exchange
-from trio_router.web.keepalive import KeepAlive
 from trio_router.web.listener import Connections, bound_port, open_sockets, serve_connections
 from trio_router.web.reload import Reloader
 from trio_router.web.streams import Streams
+from trio_router.web.waiting_streams import WaitingStreams
 
 LAST_WORDS_SECONDS = 0.5
 """How long the end waits for refusals to be written, and for streams that their clients do not read."""
@@ -127,14 +127,14 @@ async def serve(
     reloader = Reloader(
         read=read, registry=registry, admission=admission, stop=partial(os.kill, os.getpid(), signal.SIGTERM)
     )
-    keeper = KeepAlive()
+    waiting_streams = WaitingStreams()
     under_way: set[Exchange] = set()
     app = create_app(
         registry,
         devices,
         events,
         admission=admission,
-        keeper=keeper,
+        waiting_streams=waiting_streams,
         reloader=reloader,
         streams=streams,
         metrics=metrics,
@@ -156,14 +156,14 @@ async def serve(
             await root.start(footprints.run)
             await root.start(registry.run)  # after what it decides by
             await root.start(streams.run)
-            await root.start(keeper.run)
+            await root.start(waiting_streams.run)
             await root.start(notifier.run, registry.facts)
             plane = DataPlane(
                 registry=registry,
                 events=events,
                 admission=admission,
                 max_body_bytes=config.api.max_body_bytes,
-                keeper=keeper,
+                waiting_streams=waiting_streams,
                 under_way=under_way,
             )
 

@@ -37,10 +37,10 @@ from trio_router.web.admission import INFERENCE_PATHS, Admission
 from trio_router.web.app import create_app
 from trio_router.web.dataplane import DataPlane
 from trio_router.web.inference import Exchange
-from trio_router.web.keepalive import KeepAlive
 from trio_router.web.listener import Connections
 from trio_router.web.reload import Reloader
 from trio_router.web.streams import Streams
+from trio_router.web.waiting_streams import WaitingStreams
 
 CHAT = "/v1/chat/completions"
 BODY = b'{"model":"qwen","messages":[]}'
@@ -202,14 +202,14 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
     reloader = Reloader(read=lambda: config, registry=registry, admission=admission, stop=lambda: None)
-    keeper = KeepAlive()
+    waiting_streams = WaitingStreams()
     under_way: set[Exchange] = set()
     app = create_app(
         registry,
         devices,
         events,
         admission=admission,
-        keeper=keeper,
+        waiting_streams=waiting_streams,
         reloader=reloader,
         streams=streams,
         metrics=metrics,
@@ -221,7 +221,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
         events=events,
         admission=admission,
         max_body_bytes=config.api.max_body_mb * 1024 * 1024,
-        keeper=keeper,
+        waiting_streams=waiting_streams,
         under_way=under_way,
     )
     return registry, Connections(app=ASGIWrapper(app), plane=plane)
@@ -264,7 +264,7 @@ async def open_site(
     async with AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
         await nursery.start(connections.watch)
-        await nursery.start(connections.plane.keeper.run)
+        await nursery.start(connections.plane.waiting_streams.run)
         site = Site(registry, connections, nursery)
         events.sinks.append(site.events.append)
         events.request_sinks.append(site.finished.extend)

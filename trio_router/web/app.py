@@ -41,13 +41,13 @@ from trio_router.web.body import read_body
 from trio_router.web.cors import cors_headers, preflight_headers
 from trio_router.web.head import BOTH_LENGTHS
 from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Asked, Exchange, refusal
-from trio_router.web.keepalive import KeepAlive
 from trio_router.web.late import LateAnswer
 from trio_router.web.relay import Answer
 from trio_router.web.reload import Reloader
 from trio_router.web.sse import StreamBody, stream_response
 from trio_router.web.streams import Streams
 from trio_router.web.streams import add_routes as add_streams
+from trio_router.web.waiting_streams import WaitingStreams
 
 log = structlog.get_logger("trio_router.web")
 
@@ -109,7 +109,7 @@ def create_app(
     events: Events,
     *,
     admission: Admission,
-    keeper: KeepAlive,
+    waiting_streams: WaitingStreams,
     reloader: Reloader,
     streams: Streams,
     metrics: Metrics,
@@ -126,7 +126,7 @@ def create_app(
     app.url_map.merge_slashes = False
     _add_admission(app, admission, registry, events)
     _add_errors(app, events)
-    infer = _add_inference(app, registry, events, keeper, under_way)
+    infer = _add_inference(app, registry, events, waiting_streams, under_way)
     requests.add_routes(app, under_way)
     llama_router.add_routes(app, registry, events, infer)
     models.add_routes(app, registry)
@@ -227,7 +227,7 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
 
 
 def _add_inference(
-    app: QuartTrio, registry: Registry, events: Events, keeper: KeepAlive, under_way: set[Exchange]
+    app: QuartTrio, registry: Registry, events: Events, waiting_streams: WaitingStreams, under_way: set[Exchange]
 ) -> llama_router.Infer:
     """The paths that are answered by a llama-server; returns what answers the request at hand."""
 
@@ -249,7 +249,7 @@ def _add_inference(
         answer: Answer | None
         if exchange.asked.streamed and b'"stream"' in exchange.body:
             late = LateAnswer(exchange)
-            answer = await late.begin(borrowed, keeper)
+            answer = await late.begin(borrowed, waiting_streams)
             if answer is None:
                 response = stream_response(late)
                 response.headers["X-Queue-Position"] = str(late.position)

@@ -31,10 +31,10 @@ from trio_router.web.date import date_line
 from trio_router.web.head import BARE_LINE_FEED, END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
-from trio_router.web.keepalive import KeepAlive, Waiting
 from trio_router.web.keys import Holder
 from trio_router.web.relay import STREAM_HEADERS, Answer, error_event
 from trio_router.web.responses import error_body
+from trio_router.web.waiting_streams import Waiting, WaitingStreams
 
 log = structlog.get_logger("trio_router.web")
 
@@ -88,7 +88,7 @@ class DataPlane:
     events: Events
     admission: Admission
     max_body_bytes: int
-    keeper: KeepAlive
+    waiting_streams: WaitingStreams
     under_way: set[Exchange]
     in_flight: InFlight = attrs.field(factory=InFlight)
     _known: dict[tuple[bytes, bytes], Known] = attrs.field(factory=dict)
@@ -238,7 +238,7 @@ class DataPlane:
             under_way=self.under_way,
         )
         if known.asked.streamed:
-            exchange.keeper = self.keeper
+            exchange.waiting_streams = self.waiting_streams
             exchange.say = partial(self._say, client, known, identity)
         return await self._serve(client, exchange, known.common, close=known.close)
 

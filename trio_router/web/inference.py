@@ -33,10 +33,10 @@ from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import Talk, check_encoding, check_json, deadline_seconds, priority, read_wish
 from trio_router.web.continuing import Continuing
 from trio_router.web.keep_alive import keep_alive_seconds
-from trio_router.web.keepalive import STREAMED, KeepAlive, Waiting
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
 from trio_router.web.stoppable import Stoppable
+from trio_router.web.waiting_streams import STREAMED, Waiting, WaitingStreams
 
 SESSIONS: Final = (b"x-session-id", b"x-session-affinity", b"session-id", b"x-claude-code-session-id")
 """Headers by which clients name the conversation that a request belongs to."""
@@ -112,7 +112,7 @@ class Exchange:
     """All there are; it is among them while it runs."""
     alias: str | None = None
     """The model, if not the body says it."""
-    keeper: KeepAlive | None = None
+    waiting_streams: WaitingStreams | None = None
     say: Callable[[Waiting, bytes], None] | None = None
     """Tells the client where its request stands, if it asks for a stream and that waits."""
     waiting: Waiting | None = None
@@ -207,8 +207,8 @@ class Exchange:
             lease, opened = await dispatch(self.registry, ticket, outgoing.attempt, request_id=self.request_id)
         finally:
             ticket.waits, ticket.yields = None, False
-            if self.waiting is not None and self.keeper is not None:
-                self.keeper.forget(self.waiting)
+            if self.waiting is not None and self.waiting_streams is not None:
+                self.waiting_streams.forget(self.waiting)
         self.registry.keep(ticket.alias, keep_seconds)
         waited = (ticket.granted_at or 0.0) - self.arrived_at
         return Answer(asked.path, lease, opened, waited, ticket.position, ticket.expected_seconds)
@@ -244,15 +244,15 @@ class Exchange:
 
     def _attend(self) -> None:
         """There is no slot for it: have its client told where it stands."""
-        ticket, keeper, say = self.ticket, self.keeper, self.say
-        if ticket is None or keeper is None or say is None:
+        ticket, waiting_streams, say = self.ticket, self.waiting_streams, self.say
+        if ticket is None or waiting_streams is None or say is None:
             return
         model = self.registry.models[ticket.alias]
         if self.waiting is None and model.config.keepalive:
             due = self.arrived_at + self.registry.config.system.keepalive_after_sec
             self.waiting = Waiting(model=model, ticket=ticket, endpoint=self.asked.path, say=say, due=due)
         if self.waiting is not None:
-            keeper.attend(self.waiting)
+            waiting_streams.attend(self.waiting)
 
     def _ended(self, error: BaseException | None) -> None:
         """Say, once, that it is over; what became of it is told by `_tell` when nobody waits for us."""

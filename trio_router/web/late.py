@@ -1,4 +1,4 @@
-"""An answer that may begin before there is one, behind Quart: `web.keepalive` for the other way in.
+"""An answer that may begin before there is one, behind Quart: `web.waiting_streams` for the other way in.
 
 *Resource handling.* A task holds the exchange, from its admission until the request's stack is unwound.
 
@@ -13,8 +13,8 @@ import trio
 
 from trio_router.errors import InternalError, RouterError
 from trio_router.web.inference import Exchange
-from trio_router.web.keepalive import KeepAlive, Waiting
 from trio_router.web.relay import Answer, error_event
+from trio_router.web.waiting_streams import Waiting, WaitingStreams
 
 log = structlog.get_logger("trio_router.web")
 
@@ -31,9 +31,9 @@ class LateAnswer:
     _over: bool = False
     _news: trio.Event = attrs.field(factory=trio.Event)
 
-    async def begin(self, stack: AsyncExitStack, keeper: KeepAlive) -> Answer | None:
+    async def begin(self, stack: AsyncExitStack, waiting_streams: WaitingStreams) -> Answer | None:
         """The answer, or None when there is something to say before it. Raises what the exchange does."""
-        self.exchange.keeper, self.exchange.say = keeper, self._say
+        self.exchange.waiting_streams, self.exchange.say = waiting_streams, self._say
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         nursery.start_soon(self._hold)

@@ -48,7 +48,7 @@ class Waiting:
 
 
 @attrs.define(eq=False)
-class KeepAlive:
+class WaitingStreams:
     """All streams that wait. Both collections are in the order in which they are due."""
 
     _quiet: dict[Waiting, None] = attrs.field(factory=dict)

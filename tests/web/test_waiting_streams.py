@@ -16,10 +16,10 @@ from trio_router.errors import ShuttingDown
 from trio_router.fleet.scheduler import Scheduler
 from trio_router.fleet.ticket import Ticket
 from trio_router.telemetry.events import Outcome
-from trio_router.web import keepalive
+from trio_router.web import waiting_streams
 from trio_router.web.client_socket import ClientSocket
 from trio_router.web.hangup import Hangups
-from trio_router.web.keepalive import KeepAlive, Waiting
+from trio_router.web.waiting_streams import Waiting, WaitingStreams
 
 WANTS_STREAM = b'{"model":"qwen","stream":true}'
 WANTS_WHOLE = b'{"model":"qwen","stream":false}'
@@ -39,8 +39,8 @@ def way(request) -> Headers:
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch) -> None:
-    monkeypatch.setattr(keepalive, "PERIOD_SECONDS", 0.1)
-    monkeypatch.setattr(keepalive, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(waiting_streams, "PERIOD_SECONDS", 0.1)
+    monkeypatch.setattr(waiting_streams, "LOOK_SECONDS", 0.01)
 
 
 async def occupy(site: Site, client: Client) -> None:
@@ -226,7 +226,7 @@ async def test_who_leaves_after_being_told_leaves_nothing(sockets, way, how):
                 await second.stream.aclose()
             await until(lambda: site.model.scheduler.waiting == 0)
         assert (await site.told())[0].outcome is Outcome.CANCELLED
-        assert site.connections.plane.keeper.attended == 0
+        assert site.connections.plane.waiting_streams.attended == 0
 
 
 # --- the one who tells them ---------------------------------------------------------------------------
@@ -256,14 +256,14 @@ async def hold(scheduler: Scheduler, mine: Ticket) -> None:
 
 @pytest.fixture
 def _as_it_is(monkeypatch, _often) -> None:
-    monkeypatch.setattr(keepalive, "PERIOD_SECONDS", 5.0)
-    monkeypatch.setattr(keepalive, "LOOK_SECONDS", 0.25)
+    monkeypatch.setattr(waiting_streams, "PERIOD_SECONDS", 5.0)
+    monkeypatch.setattr(waiting_streams, "LOOK_SECONDS", 0.25)
 
 
 @pytest.mark.usefixtures("_as_it_is")
 async def test_when_they_are_told(servers, nursery, autojump_clock: MockClock):
-    keeper, told = KeepAlive(), Told()
-    await nursery.start(keeper.run)
+    streams, told = WaitingStreams(), Told()
+    await nursery.start(streams.run)
     async with running(servers, {"a": 1}) as fleet:
         servers.plan("a").load_seconds = 19.0
         fleet["a"].supervisor.load_seconds = 20.0
@@ -272,7 +272,7 @@ async def test_when_they_are_told(servers, nursery, autojump_clock: MockClock):
         for mine, one in zip((first, second), waiting, strict=True):
             fleet.nursery.start_soon(hold, fleet["a"].scheduler, mine)
             await wait_all_tasks_blocked()
-            keeper.attend(one)
+            streams.attend(one)
         await trio.sleep(18)
         assert [line.replace("\n", ", ") for line in told.record] == [
             "5 first : loading a 25%, : queued position=1",
@@ -288,8 +288,8 @@ async def test_when_they_are_told(servers, nursery, autojump_clock: MockClock):
             "20 first : running", "22 second : queued position=1", "25 first : running"
         ]  # fmt: skip
         for one in waiting:
-            keeper.forget(one)
-            keeper.forget(one)
+            streams.forget(one)
+            streams.forget(one)
         told.record.clear()
         await trio.sleep(100)
         assert told.record == []
@@ -299,15 +299,15 @@ async def test_when_they_are_told(servers, nursery, autojump_clock: MockClock):
 
 @pytest.mark.usefixtures("_as_it_is")
 async def test_who_has_a_slot_in_time_is_not_told_unless_it_loses_that(servers, nursery, autojump_clock: MockClock):
-    keeper, told = KeepAlive(), Told()
-    await nursery.start(keeper.run)
+    streams, told = WaitingStreams(), Told()
+    await nursery.start(streams.run)
     async with running(servers, {"a": 1}) as fleet:
         one = told.waiting(fleet["a"], ticket(), "one")
-        keeper.attend(one)
+        streams.attend(one)
         await trio.sleep(30)
         assert told.record == []
         fleet.nursery.start_soon(hold, fleet["a"].scheduler, one.ticket)
-        keeper.attend(one)
+        streams.attend(one)
         await trio.sleep(0.5)
         assert told.record == ["30.25 one : loading a\n: queued position=1"]
         fleet.nursery.cancel_scope.cancel()
