@@ -85,3 +85,15 @@ def test_its_slot_is_free_at_once(
     assert answer.status_code == 200
     assert time.monotonic() - left < 6  # or half a minute
     assert int(answer.headers["x-queue-time-ms"]) < 3000
+
+
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_a_name_for_the_conversation_does_not_hold_the_slot(busy: RouterProcess, *, by_quart: bool) -> None:
+    """With that header llama-server computes on for who left: its own page comes back to the answer."""
+    body = json.dumps(chat_body("smollm2", stream=True, max_tokens=MANY, ignore_eos=True)).encode()
+    with busy.start_raw(body, headers="X-Conversation-Id: one\r\n", by_quart=by_quart) as connection:
+        busy.wait_for_status("smollm2", active=2)
+        assert b"data:" in connection.recv(4096) + connection.recv(4096)
+    left = time.monotonic()
+    assert busy.chat("smollm2", max_tokens=1).status_code == 200
+    assert time.monotonic() - left < 6  # or half a minute

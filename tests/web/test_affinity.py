@@ -51,7 +51,10 @@ async def test_a_conversation_stays_in_its_slot(sockets, way):
                 assert await ask(messages=messages(name, "answer", "more")) == first["abc".index(name)]
 
 
-@pytest.mark.parametrize("name", ["X-Session-Id", "X-Session-Affinity", "session-id", "X-Claude-Code-Session-Id"])
+@pytest.mark.parametrize(
+    "name",
+    ["X-Session-Id", "X-Session-Affinity", "session-id", "X-Claude-Code-Session-Id", "X-Conversation-Id"],
+)
 async def test_a_client_may_name_it(sockets, way, name):
     server = Server()
     async with open_site(sockets, server, slots=2) as site:

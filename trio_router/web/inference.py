@@ -38,7 +38,9 @@ from trio_router.web.relay import Answer, Outgoing, request_start
 from trio_router.web.stoppable import Stoppable
 from trio_router.web.waiting_streams import STREAMED, Waiting, WaitingStreams
 
-SESSIONS: Final = (b"x-session-id", b"x-session-affinity", b"session-id", b"x-claude-code-session-id")
+SESSIONS: Final = (
+    b"x-session-id", b"x-session-affinity", b"session-id", b"x-claude-code-session-id", b"x-conversation-id",
+)  # fmt: skip
 """Headers by which clients name the conversation that a request belongs to."""
 AUTOLOAD_OFF = re.compile(r"[?&]autoload=(?:false|0)(?:&|$)")
 INTERNAL_ERROR = 500

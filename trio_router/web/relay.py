@@ -26,6 +26,7 @@ NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"host",
     b"origin",  # checked already; llama-server would answer with CORS headers of its own
     b"x-api-key",
+    b"x-conversation-id",  # llama-server goes on for whoever left, so that its own page can come back to the answer
     b"x-request-deadline-ms",
     b"x-request-id",  # sent once, as we name the request
     b"x-request-priority",
