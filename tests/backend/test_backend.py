@@ -5,7 +5,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.backend.peer import answer, listening, read_request
+from tests.backend.peer import answer, listening, read_request, until
 from trio_router.backend.address import Address
 from trio_router.backend.backend import Backend
 from trio_router.backend.client import BackendClient
@@ -157,3 +157,90 @@ async def test_it_is_heard_when_an_answer_goes_on(sockets, autojump_clock: MockC
             assert not backend.heard(), "once"
         nursery.cancel_scope.cancel()
         slot.disconnect()
+
+
+class Stubborn:
+    """Sees that its client left, and goes on until it is told to let go."""
+
+    def __init__(self, last: bytes) -> None:
+        self.last = last
+        self.left, self.over = trio.Event(), trio.Event()
+
+    async def __call__(self, stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        await stream.receive_some(1)
+        self.left.set()
+        await self.over.wait()
+        if self.last:
+            await stream.send_all(self.last)
+
+
+async def begun(slot) -> None:
+    connection = await slot.connect()
+    await connection.send(REQUEST, b"")
+
+
+@pytest.mark.parametrize("last", [b"", answer(), b"x" * 300_000], ids=["nothing", "an answer", "much"])
+async def test_a_forsaken_slot_is_let_go_of_when_the_server_closes(sockets, last):
+    server, record = Stubborn(last), []
+    async with listening(sockets / "a.sock", server) as address, trio.open_nursery() as nursery:
+        backend = backend_at(address, 1)
+        backend.genuine = True
+        (slot,) = backend.slots
+        nursery.start_soon(backend.attend_forsaken)
+        await wait_all_tasks_blocked()
+        await begun(slot)
+        assert backend.forsake(slot, lambda: record.append("let go"))
+        with trio.fail_after(5):
+            await server.left.wait()
+            await wait_all_tasks_blocked()
+            assert record == []
+            assert not backend.heard(), "it is waited for, by who looks for a stall"
+            server.over.set()
+            await until(lambda: record)
+        assert record == ["let go"]
+        assert slot.connection is None
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_not_waited_for(sockets):
+    """Who looks is not there, or it is no llama-server, or it is lost, or nothing runs: the slot can be used at once."""
+    record: list[str] = []
+
+    def let_go() -> None:
+        record.append("let go")
+
+    async with listening(sockets / "a.sock", Stubborn(b"")) as address, trio.open_nursery() as nursery:
+        backend = backend_at(address)
+        slot, other = backend.slots
+        await begun(slot)
+        backend.genuine = True
+        assert not backend.forsake(slot, let_go)
+        assert slot.connection is None
+        nursery.start_soon(backend.attend_forsaken)
+        await wait_all_tasks_blocked()
+        assert not backend.forsake(other, let_go), "nothing was sent there"
+        await begun(slot)
+        backend.genuine = False
+        assert not backend.forsake(slot, let_go)
+        await begun(slot)
+        backend.genuine = True
+        backend.lose("the end")
+        assert not backend.forsake(slot, let_go)
+        nursery.cancel_scope.cancel()
+    assert record == []
+
+
+async def test_at_its_end_nobody_is_told(sockets):
+    """The slots are gone with their backend."""
+    record: list[str] = []
+    async with listening(sockets / "a.sock", Stubborn(b"")) as address, trio.open_nursery() as nursery:
+        backend = backend_at(address, 1)
+        backend.genuine = True
+        nursery.start_soon(backend.attend_forsaken)
+        await wait_all_tasks_blocked()
+        await begun(backend.slots[0])
+        assert backend.forsake(backend.slots[0], lambda: record.append("let go"))
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert record == []

@@ -97,3 +97,18 @@ def test_a_name_for_the_conversation_does_not_hold_the_slot(busy: RouterProcess,
     left = time.monotonic()
     assert busy.chat("smollm2", max_tokens=1).status_code == 200
     assert time.monotonic() - left < 6  # or half a minute
+
+
+def test_what_cannot_be_stopped_keeps_its_slot_and_nobody_waits_behind_it_in_llama_server(busy: RouterProcess) -> None:
+    """A message in its prompt: the next request waits here until llama-server is done with it, and is answered then."""
+    words = [{"role": "user", "content": "word " * 600}]
+    body = chat_body("smollm2", messages=words, max_tokens=3)
+    with busy.start_raw(json.dumps(body).encode(), path="/v1/messages"):
+        busy.wait_for_status("smollm2", active=2)
+        time.sleep(0.3)
+    busy.wait_for_status("smollm2", active=1)
+    answer: httpx.Response = busy.chat("smollm2", max_tokens=1)
+    assert answer.status_code == 200
+    assert int(answer.headers["x-queue-time-ms"]) > 100
+    quick: httpx.Response = busy.chat("smollm2", max_tokens=1)
+    assert int(quick.headers["x-queue-time-ms"]) < 100

@@ -271,24 +271,24 @@ def test_a_whole_answer_that_is_cut(
     assert router.chat("qwen").status_code == 200
 
 
-def test_backend_timeout(start_router: StartRouter, record: Record) -> None:
+def test_backend_timeout(start_router: StartRouter, record: Record, way: dict[str, str]) -> None:
     router = start_router(qwen=record.flags, system={"request_timeout_sec": 0.4})
-    answer = router.chat("qwen", fake={"stall": True, "tag": "stalled"})
+    answer = router.chat("qwen", headers=way, fake={"stall": True, "tag": "stalled"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "backend_timeout")
     assert answer.json()["error"]["type"] == "timeout_error"
     record.wait_for("cancelled", tag="stalled")
     assert router.chat("qwen").status_code == 200
 
 
-def test_backend_timeout_of_a_stream_before_its_first_event(start_router: StartRouter) -> None:
+def test_backend_timeout_of_a_stream_before_its_first_event(start_router: StartRouter, way: dict[str, str]) -> None:
     router = start_router(qwen=[], system={"request_timeout_sec": 0.4})
-    answer = router.chat("qwen", stream=True, fake={"stall": True})
+    answer = router.chat("qwen", headers=way, stream=True, fake={"stall": True})
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "backend_timeout")
 
 
-def test_a_stream_that_keeps_producing_is_not_cut(start_router: StartRouter) -> None:
+def test_a_stream_that_keeps_producing_is_not_cut(start_router: StartRouter, way: dict[str, str]) -> None:
     router = start_router(qwen=[], system={"request_timeout_sec": 0.5})
-    answer = router.chat("qwen", stream=True, fake={"tokens": 8, "token_seconds": 0.15})
+    answer = router.chat("qwen", headers=way, stream=True, fake={"tokens": 8, "token_seconds": 0.15})
     assert answer.text.endswith("data: [DONE]\n\n")
 
 

@@ -69,9 +69,10 @@ def test_while_waiting_for_headers(start_router: StartRouter, record: Record, *,
     assert router.chat("qwen").status_code == 200
 
 
-def test_while_the_first_event_is_awaited(start_router: StartRouter, record: Record) -> None:
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_while_the_first_event_is_awaited(start_router: StartRouter, record: Record, *, by_quart: bool) -> None:
     router = start_router(qwen=record.flags)
-    with router.start_raw(body(stall=True, tag="gone", stream=True)):
+    with router.start_raw(body(stall=True, tag="gone", stream=True), by_quart=by_quart):
         record.wait_for("started", tag="gone")
         time.sleep(0.1)
     record.wait_for("cancelled", tag="gone")
@@ -93,29 +94,35 @@ def test_while_streaming(start_router: StartRouter, record: Record, *, by_quart:
     assert len(record.lines("spawned")) == 1
 
 
-def test_with_another_request_in_the_pipe(start_router: StartRouter, record: Record) -> None:
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_with_another_request_in_the_pipe(start_router: StartRouter, record: Record, *, by_quart: bool) -> None:
     """What stands unread before the end of the stream hides nothing."""
     router = start_router(qwen=record.flags)
-    with router.start_raw(body(tokens=10_000, token_seconds=0.01, tag="piped", stream=True)) as connection:
+    generation = body(tokens=10_000, token_seconds=0.01, tag="piped", stream=True)
+    with router.start_raw(generation, by_quart=by_quart) as connection:
         connection.recv(100)
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     record.wait_for("cancelled", tag="piped")
 
 
-def test_half_closing_is_leaving(start_router: StartRouter, record: Record) -> None:
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_half_closing_is_leaving(start_router: StartRouter, record: Record, *, by_quart: bool) -> None:
     router = start_router(qwen=record.flags)
-    with router.start_raw(body(tokens=10_000, token_seconds=0.01, tag="half", stream=True)) as connection:
+    generation = body(tokens=10_000, token_seconds=0.01, tag="half", stream=True)
+    with router.start_raw(generation, by_quart=by_quart) as connection:
         connection.recv(100)
         connection.shutdown(socket.SHUT_WR)
         record.wait_for("cancelled", tag="half")
 
 
-def test_many_leave_at_every_stage(start_router: StartRouter, record: Record) -> None:
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_many_leave_at_every_stage(start_router: StartRouter, record: Record, *, by_quart: bool) -> None:
     """Afterwards all slots are there, and nothing waits."""
     router = start_router(qwen=["-np", "4", "--fake-load-seconds", "0.2", *record.flags])
     for delay in (0.0, 0.05, 0.25, 0.0, 0.01, 0.02, 0.05):
         connections = [
-            router.start_raw(body(tokens=50, token_seconds=0.005, stream=number % 2 == 0)) for number in range(12)
+            router.start_raw(body(tokens=50, token_seconds=0.005, stream=number % 2 == 0), by_quart=by_quart)
+            for number in range(12)
         ]
         time.sleep(delay)
         for connection in connections:

@@ -109,18 +109,32 @@ def test_headers_one_byte_at_a_time_block_nobody(router: RouterProcess) -> None:
     assert router.get("/health").status_code == 200
 
 
-def test_a_slow_head_is_answered_once_it_is_there(router: RouterProcess) -> None:
+def begun_by_quart(connection: socket.socket) -> None:
+    """From now on the connection is Quart's."""
+    connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += connection.recv(4096)
+
+
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_a_slow_head_is_answered_once_it_is_there(router: RouterProcess, *, by_quart: bool) -> None:
     request = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with router.connect() as connection:
+        if by_quart:
+            begun_by_quart(connection)
         for byte in request:
             connection.sendall(bytes([byte]))
             time.sleep(0.01)
         assert everything_of(connection).startswith(b"HTTP/1.1 200")
 
 
-def test_a_body_that_comes_slowly(router: RouterProcess) -> None:
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_a_body_that_comes_slowly(router: RouterProcess, *, by_quart: bool) -> None:
     body = b'{"model":"qwen","messages":[]}'
     with router.connect() as connection:
+        if by_quart:
+            begun_by_quart(connection)
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}"
         )
@@ -167,9 +181,12 @@ def test_pipelined_requests_are_answered_in_order(router: RouterProcess) -> None
     assert [part.split()[0] for part in answer.split(b"HTTP/1.1 ")[1:]] == [b"200", b"200", b"404"]
 
 
-def test_half_a_body_and_gone(router: RouterProcess) -> None:
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_half_a_body_and_gone(router: RouterProcess, *, by_quart: bool) -> None:
     for _ in range(5):
         with router.connect() as connection:
+            if by_quart:
+                begun_by_quart(connection)
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     assert router.chat("qwen").status_code == 200
     status = router.status("qwen")

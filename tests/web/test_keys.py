@@ -103,7 +103,7 @@ async def test_one_more_than_it_may(tmp_path, way):
 async def test_whatever_ends_a_request_it_is_counted_no_longer(tmp_path, way, body):
     """A key of one request at a time goes on after errors and after clients that left."""
     gate = Gate()
-    async with open_site(tmp_path, gate, keys=KEYS) as site:
+    async with open_site(tmp_path, gate, keys=KEYS, slots=4) as site:
         for _ in range(3):
             async with site.client() as client:
                 head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n"

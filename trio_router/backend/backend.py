@@ -1,6 +1,7 @@
 """One incarnation of a model: the llama-server that runs now, and its slots."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -80,6 +81,11 @@ class Backend:
     """Paths on which it did not go on with what it had said (`web.continuing`)."""
     compute_errors: int = 0
     """Answers in a row that said that it cannot compute."""
+    _forsaken: tuple["trio.MemorySendChannel[Forsaken]", "trio.MemoryReceiveChannel[Forsaken]"] = attrs.field(
+        factory=lambda: trio.open_memory_channel["Forsaken"](math.inf)
+    )
+    _attended: bool = False
+    """Whether `attend_forsaken` runs."""
     _illness: str | None = None
     _ill: trio.Event = attrs.field(factory=trio.Event)
 
@@ -115,6 +121,32 @@ class Backend:
         await self._ill.wait()
         return self._illness or ""
 
+    def forsake(self, slot: Slot, let_go: Callable[[], None]) -> bool:
+        """Nobody waits any more for what runs on `slot`: `let_go` is called once llama-server does not work on it, either.
+
+        False if that is not told: the slot's connection is closed then, and it may be used again at once.
+        """
+        connection = slot.connection
+        if self._attended and self.genuine and self.lost is None and connection is not None and not connection.closed:
+            self._forsaken[0].send_nowait((slot, connection, let_go))
+            return True
+        slot.disconnect()
+        return False
+
+    async def attend_forsaken(self) -> None:
+        """See what becomes of requests that nobody waits for, until cancelled.
+
+        llama-server computes many of them to their end if it computes for others beside (`web.stoppable`): a request that
+        was sent to their slot meanwhile would wait there, out of its turn.
+        """
+        self._attended = True
+        try:
+            async with trio.open_nursery() as nursery:
+                async for slot, connection, let_go in self._forsaken[1]:
+                    nursery.start_soon(_until_let_go, slot, connection, let_go)
+        finally:
+            self._attended = False
+
     def open_slots(self, count: int) -> None:
         """Make the slots; once."""
         self.slots = tuple(Slot(self, index) for index in range(count))
@@ -128,3 +160,13 @@ class Backend:
             if slot.connection is not None and not wanted:
                 slot.connection.salvage()
             slot.disconnect()
+
+
+Forsaken = tuple[Slot, Connection, Callable[[], None]]
+
+
+async def _until_let_go(slot: Slot, connection: Connection, let_go: Callable[[], None]) -> None:
+    await connection.until_let_go()
+    if slot.connection is connection:
+        slot.connection = None
+    let_go()

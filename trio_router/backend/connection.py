@@ -344,6 +344,26 @@ class Connection:
         else:
             self.close()
 
+    async def until_let_go(self) -> None:
+        """Say that nobody waits for the answer any more, and return when the backend has closed, whatever it said yet.
+
+        Our half is closed: llama-server takes that for a client that left, as soon as it looks, and closes its own when
+        it no longer works on the request. The connection is good for nothing afterwards.
+        """
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+            while not self.closed:
+                self._waiting = True
+                await trio.lowlevel.wait_readable(self._sock)
+                self._waiting, self._quiet_since = False, None
+                with suppress(BlockingIOError):
+                    if not self._sock.recv(READ_BYTES):
+                        break
+        except (OSError, trio.ClosedResourceError):
+            pass  # it is gone, or silent for too long, or we were told to close
+        finally:
+            self.close()
+
     def salvage(self) -> None:
         """Close, but take first what the backend had said before it died; whoever is reading gets that, then BackendLost.
 

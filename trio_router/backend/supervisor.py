@@ -422,7 +422,13 @@ class Supervisor:
             async def until_stuck() -> None:
                 backend.condemn(await until_stalled(backend, self.settings.stall_timeout_seconds))
 
-            for task in (until_ill, until_stuck, partial(expire_silent, backend), partial(self._learn_more, backend)):
+            for task in (
+                until_ill,
+                until_stuck,
+                partial(expire_silent, backend),
+                backend.attend_forsaken,
+                partial(self._learn_more, backend),
+            ):
                 life.start_soon(task)
             return await backend.until_condemned()
 

@@ -48,7 +48,7 @@ async def dispatch(
     Returns the lease, which is the caller's to release, and what the attempt returned.
 
     *Cancellation.* At any await; nothing is left behind: the slot's connection is closed, so that llama-server
-    stops computing, and the lease is released.
+    stops computing, and the lease ends; its slot is used again when llama-server has let go of it.
     """
     retries = deaths = 0
     while True:
@@ -86,8 +86,7 @@ async def dispatch(
                 "queued again", id=request_id, model=ticket.alias, incarnation=backend.incarnation, error=str(error)
             )
         except BaseException:
-            lease.slot.disconnect()
-            lease.release()
+            lease.leave()
             raise
 
 

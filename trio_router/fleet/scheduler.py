@@ -67,6 +67,14 @@ class Lease:
             self.released = True
             self._scheduler._released(self)  # noqa: SLF001  (the two are one mechanism)
 
+    def leave(self) -> None:
+        """Give the slot back in the middle of a request, once its backend has let go of that."""
+        if not self.released:
+            self.released = True
+            slot, scheduler = self.slot, self._scheduler
+            busy = slot.backend.forsake(slot, lambda: scheduler._let_go(slot))  # noqa: SLF001  (see above)
+            scheduler._released(self, busy=busy)  # noqa: SLF001  (see above)
+
 
 @attrs.define(eq=False, kw_only=True)
 class Scheduler:
@@ -394,19 +402,14 @@ class Scheduler:
         self._free += self._aside
         self._aside = []
 
-    def _released(self, lease: Lease) -> None:
+    def _released(self, lease: Lease, *, busy: bool = False) -> None:
+        """A lease ended; its slot is `busy` if the backend still works there, for nobody."""
         self.active -= 1
         self.changed()
         if self._yielding:
             self._yielding.pop(lease, None)
-        if lease.slot.backend is self.backend:
-            self._free.append(lease.slot)
-            if self._aside:
-                self._alone = None
-                self._take_back()
-            if self.paused:
-                self._set_aside()
-            self._dispatch()
+        if not busy:
+            self._returned(lease.slot)
         if not self.active and self._idle is not None:
             self._idle.set()
             self._idle = None
@@ -414,6 +417,22 @@ class Scheduler:
             self.rest()
         elif self.contended:
             self.demand()
+
+    def _let_go(self, slot: Slot) -> None:
+        """The backend does not work there for nobody any more."""
+        self._returned(slot)
+        self.changed()
+
+    def _returned(self, slot: Slot) -> None:
+        """A slot can be used again."""
+        if slot.backend is self.backend:
+            self._free.append(slot)
+            if self._aside:
+                self._alone = None
+                self._take_back()
+            if self.paused:
+                self._set_aside()
+            self._dispatch()
 
     def _dispatch(self) -> None:
         """Hand free slots to those who are next."""
