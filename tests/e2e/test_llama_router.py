@@ -153,6 +153,7 @@ def test_one_models_metrics(ours: Server) -> None:
     ("method", "path", "body"),
     [
         ("GET", "/models", None),
+        ("GET", "/models?reload=1", None),
         ("GET", "/props", None),
         ("GET", "/health", None),
         ("GET", "/slots", None),

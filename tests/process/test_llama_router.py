@@ -79,10 +79,31 @@ def test_events(router: RouterProcess) -> None:
                 if seen[-1].get("data", {}).get("status") == "loaded":
                     break
     assert seen[0] == {"model": "*", "event": "models_reload"}
-    assert [each["data"]["status"] for each in seen[1:]] == ["loading", "loading", "loaded"]
+    told = [each["data"]["status"] for each in seen[1:]]
+    assert told == ["loading"] * (len(told) - 1) + ["loaded"]
+    assert len(told) >= 3
     assert {(each["model"], each["event"]) for each in seen[1:]} == {("one", "model_status")}
     assert seen[1]["data"]["progress"]["stages"] == ["text_model"]
     assert seen[-1]["data"]["info"]["id"] == "one"
+
+
+def test_asked_to_reload_it_reads_router_toml_again(start_router: StartRouter) -> None:
+    router = start_router(
+        models={"one": []}, keys=[{"name": "app", "key": "sk-app"}], environment={"API_KEY": "sk-admin"}
+    )
+    text = router.config_path.read_text()
+    one = text[text.index('[models."one"]') : text.index("[[keys]]")]
+    router.config_path.write_text(text + one.replace('"one"', '"two"'))
+
+    def ask(query: str, key: str) -> httpx.Response:
+        return httpx.get(f"{router.url}/models{query}", headers={"Authorization": f"Bearer {key}"})
+
+    assert ask("?reload=1", "sk-app").json()["error"]["code"] == "admin_required"
+    assert [each["id"] for each in ask("", "sk-app").json()["data"]] == ["one"]
+    assert [each["id"] for each in ask("?reload=1", "sk-admin").json()["data"]] == ["one", "two"]
+    router.config_path.write_text("[api")
+    refused = ask("?reload=1", "sk-admin")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_config")
 
 
 def test_what_belongs_to_one_model(router: RouterProcess) -> None:

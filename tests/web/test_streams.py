@@ -13,6 +13,7 @@ from tests.fleet.conftest import _quiet as quiet  # noqa: F401  (a fixture)
 from tests.fleet.fake_servers import FakeServers
 from tests.fleet.fleet import Fleet, running
 from trio_router.errors import ShuttingDown
+from trio_router.web.llama_router import ModelEvents
 from trio_router.web.sse import Reader
 from trio_router.web.streams import COUNTS_SECONDS, METRICS_SECONDS, Streams
 
@@ -49,6 +50,7 @@ class Watched:
 
     fleet: Fleet
     streams: Streams
+    llama_router: ModelEvents
     nursery: trio.Nursery
     stack: ExitStack
     measured: list[float]
@@ -70,8 +72,9 @@ async def watched(**models: int) -> AsyncIterator[Watched]:
     with ExitStack() as stack:
         async with running(FakeServers(), models or {"a": 1}) as fleet, trio.open_nursery() as nursery:
             streams = Streams.of(fleet.registry, fleet.registry.events, measure)
+            llama_router = ModelEvents.of(fleet.registry, fleet.registry.events)
             await nursery.start(streams.run)
-            yield Watched(fleet, streams, nursery, stack, measured)
+            yield Watched(fleet, streams, llama_router, nursery, stack, measured)
             nursery.cancel_scope.cancel()
     assert streams.status.statistics().readers == 0
     assert streams.metrics.statistics().readers == 0
@@ -102,12 +105,14 @@ async def test_a_life_of_a_model(autojump_clock: trio.testing.MockClock) -> None
 
 
 async def test_how_far_a_load_is(autojump_clock: trio.testing.MockClock) -> None:
-    """By the time it took last; only while somebody reads."""
+    """By the time it took last; also for who knows llama-server's router only."""
     async with watched() as here:
         here.fleet.servers.plan("a").load_seconds = 10
         await here.fleet.load("a")
         await here.fleet.eject("a")
         watcher = here.watch()
+        theirs = Watcher(here.stack.enter_context(here.llama_router.hub.reader(None)))
+        here.nursery.start_soon(theirs.run)
         await here.fleet.load("a")
         await settle()
     told = [data["load_progress"] for _, data in watcher.updates() if data["status"] == "loading"]
@@ -115,6 +120,10 @@ async def test_how_far_a_load_is(autojump_clock: trio.testing.MockClock) -> None
     assert len(set(percents)) >= 8
     assert percents == sorted(percents)
     assert watcher.updates()[-1][1]["load_progress"] == 100
+    done = [data["data"].get("progress", {}).get("value") for _, _, _, data in theirs.events[1:-1]]
+    assert len(set(done)) >= 8
+    assert done == sorted(done)
+    assert theirs.events[-1][3]["data"]["status"] == "loaded"
 
 
 async def test_an_event_is_what_was_true_then(autojump_clock: trio.testing.MockClock) -> None:

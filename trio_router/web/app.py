@@ -128,7 +128,7 @@ def create_app(
     _add_errors(app, events)
     infer = _add_inference(app, registry, events, waiting_streams, under_way)
     requests.add_routes(app, under_way)
-    llama_router.add_routes(app, registry, events, infer)
+    llama_router.add_routes(app, registry, events, infer, reloader)
     models.add_routes(app, registry)
     monitoring.add_routes(app, registry, devices, metrics, summary)
     add_streams(app, streams)
@@ -161,7 +161,8 @@ def _add_admission(app: QuartTrio, admission: Admission, registry: Registry, eve
             del answer.headers["content-type"], answer.headers["content-length"]  # RFC 9110 section 8.6: 204 has none
             return _with(answer, preflight_headers(admission, origin))
         g.holder = admission.check_key(request.path, headers.get("Authorization"), headers.get("X-Api-Key"))
-        if g.holder is not None and changes_state(request.method, request.path):
+        changes = changes_state(request.method, request.path) or llama_router.asks_to_reload()
+        if g.holder is not None and changes:
             g.holder.check_admin()
             log.info("command", key=g.holder.name, method=request.method, path=request.path, id=g.request_id)
         return None

@@ -28,6 +28,7 @@ from trio_router.telemetry.events import Event, Events, ModelChanged, Reloaded
 from trio_router.web.admission import INFERENCE_PATHS, UPSTREAM
 from trio_router.web.body import read_body
 from trio_router.web.models import named_model, truth
+from trio_router.web.reload import Reloader
 from trio_router.web.responses import json_response
 from trio_router.web.sse import Hub, stream_response
 
@@ -117,6 +118,11 @@ def router_props(registry: Registry) -> dict[str, Any]:
     }
 
 
+def asks_to_reload() -> bool:
+    """Whether the request at hand is GET /models?reload: their router looks through its folders then, whatever the value."""
+    return request.path.rstrip("/") == "/models" and "reload" in request.args
+
+
 async def loaded(registry: Registry, alias: str) -> BackendClient:
     """Who to ask about the model; it is loaded first, unless the request says not to. Raises ModelNotLoaded."""
     model = registry.model(alias)
@@ -156,17 +162,19 @@ def split(registry: Registry, target: str) -> tuple[str, str]:
     return said, target[len(said) :]
 
 
-def add_routes(app: QuartTrio, registry: Registry, events: Events, infer: Infer) -> None:
+def add_routes(app: QuartTrio, registry: Registry, events: Events, infer: Infer, reloader: Reloader) -> None:
     """Add them to `app`."""
-    _add_all_models(app, registry, events)
+    _add_all_models(app, registry, events, reloader)
     _add_one_model(app, registry, infer)
 
 
-def _add_all_models(app: QuartTrio, registry: Registry, events: Events) -> None:
+def _add_all_models(app: QuartTrio, registry: Registry, events: Events, reloader: Reloader) -> None:
     told = ModelEvents.of(registry, events)
 
     @app.get("/models")
     async def router_models() -> Response:
+        if asks_to_reload():
+            await reloader.reload()
         entries = [entry(registry, said) for said in registry.names.listed()]
         return json_response({"object": "list", "data": entries})
 

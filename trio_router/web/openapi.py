@@ -320,7 +320,13 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         "The last requests and loads, without what was said: for `trio-router simulate`.",
         answers={200: ("application/jsonl", STRING)},
     ),
-    _get("/models", "The models there are, as llama-server's router tells.", _MODELS, tag="llama-server's router"),
+    _get(
+        "/models",
+        "The models there are, as llama-server's router tells.",
+        _MODELS,
+        tag="llama-server's router",
+        parameters=(_parameter("reload", "query", {"type": "string"}, "Read router.toml again first."),),
+    ),
     Endpoint(
         method="post",
         path="/models/load",

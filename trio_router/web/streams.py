@@ -48,6 +48,8 @@ class Streams:
     _stale: dict[str, None] = attrs.field(factory=dict)
     """Models whose counts changed since, in that order."""
     _counted: trio.Event = attrs.field(factory=trio.Event)
+    _loading: trio.Event = attrs.field(factory=trio.Event)
+    """Set when a load has begun."""
 
     def __attrs_post_init__(self) -> None:
         self.status = Hub(opening=lambda: ("full_status", fleet_status(self.registry)), joining=self._show_counts)
@@ -71,6 +73,8 @@ class Streams:
         match event:
             case ModelChanged(alias=alias):
                 self._show(alias)
+                if self._loads(alias):
+                    self._loading.set()
             case Reloaded():
                 self._count_all()
                 self._shown = {alias: status(model) for alias, model in self.registry.models.items()}
@@ -108,13 +112,18 @@ class Streams:
             await trio.sleep(COUNTS_SECONDS)
 
     async def _progress(self) -> None:
-        """A load gets on without an event."""
+        """A load gets on without an event of its own: whoever tells of models' changes is to tell of that."""
         while True:
-            await self.status.until_read()
+            await self._loading.wait()
+            self._loading = trio.Event()
             await trio.sleep(PROGRESS_SECONDS)
-            for alias, model in self.registry.models.items():
-                if model.supervisor.loading_since is not None:
-                    self._show(alias)
+            for alias in list(self.registry.models):
+                if self._loads(alias):
+                    self.registry.events.emit(ModelChanged(alias=alias))
+
+    def _loads(self, alias: str) -> bool:
+        model = self.registry.models.get(alias)
+        return model is not None and model.supervisor.loading_since is not None
 
     async def _measure(self) -> None:
         while True:
