@@ -98,3 +98,14 @@ async def test_empty_lines_before_a_request_are_nothing(sockets, empty):
             await client.say(bytes([byte]))
             await trio.testing.wait_all_tasks_blocked()
         assert (await client.hear()).status == 200
+
+
+async def test_a_head_that_is_too_large_later(sockets):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        assert (await client.ask("GET", "/livez")).status == 200
+        await client.say(b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Much: " + b"x" * 70_000)
+        with trio.fail_after(5):
+            refused = await client.hear()
+            assert refused.code == (431, "bad_request")
+            await client.ended()
+        assert (await site.ask("GET", "/livez")).status == 200
