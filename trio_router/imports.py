@@ -39,3 +39,4 @@ def forget_command_line() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == SPENT]:
         vars(sys.modules.pop(name)).clear()
     gc.collect()
+    gc.set_threshold(3_000, 20, 20)  # what is imported from here on stays; the tree sets its own when all is there
