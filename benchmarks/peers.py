@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import random
 import shutil
 import socket
 import sys
@@ -22,6 +23,7 @@ from tests.harness.toml import router_toml
 from trio_router.config import LlamaServer
 
 READY_SECONDS = 60.0
+LOWEST_PORT = 10_240
 MODEL = "m"
 SLOTS = 4096
 """So many that no request waits for one: the way is measured, not the queue."""
@@ -68,10 +70,16 @@ def a_place(cores: Cores | None) -> Iterator[Place]:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that was free a moment ago, and that the kernel gives to nobody who connects."""
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(LOWEST_PORT, first_given)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:  # somebody has it
+                continue
+        return port
 
 
 def ask(
