@@ -51,7 +51,7 @@ class Fleet:
     """Times, states, and what became of requests."""
 
     def __getitem__(self, alias: str) -> Model:
-        return next(model for model in self.registry._all() if model.alias == alias)
+        return next(model for model in self.registry.everyone() if model.alias == alias)
 
     @property
     def states(self) -> str:

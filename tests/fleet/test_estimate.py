@@ -184,12 +184,35 @@ async def test_how_long_until_a_model_is_there(servers, autojump_clock: MockCloc
         b.supervisor.load_seconds = 5.0
         left = a.idle_in()
         assert left == pytest.approx(20 - (12 - 8), abs=0.5)
-        assert b.opens_in() == pytest.approx(left + 5.0)
+        assert b.opens_in() == pytest.approx(left + 8 / 4 + 5.0)  # it stays for a quarter of its load
         fleet.soon("b")
-        await trio.sleep(left + 3)  # it stays for a quarter of its load
+        await trio.sleep(left + 3)
         assert b.state.value == "loading"
         assert b.opens_in() == pytest.approx(5.0, abs=2.5)
         assert math.isfinite(b.idle_in() or 0.0)
+
+
+async def test_turns_count_in_how_long_it_takes_until_there_is_room(servers, autojump_clock: MockClock):
+    """One place, and `a` has more to do than fits into its turn: `b` has it then, and `c` once more after that."""
+    async with running(servers, {"a": 1, "b": 1, "c": 1}, max_concurrent_models=1, min_turn_sec=30) as fleet:
+        for _ in range(8):
+            fleet.soon("a", seconds=10)
+        for alias in "abc":
+            fleet[alias].supervisor.load_seconds = 5.0
+            for _ in range(9):
+                fleet[alias].scheduler.pace.add(10.0, 1, trio.current_time())
+        await trio.sleep(6)  # it is ready after 1 s
+        said = fleet["b"].opens_in()
+        assert said == pytest.approx(30 - 5 + 5 + 5, abs=5.1)  # the turn, what runs then, the load
+        began = trio.current_time()
+        fleet.soon("b", seconds=1)
+        await trio.sleep(1)
+        later = fleet["c"].opens_in()
+        assert later == pytest.approx(said - 1 + 5 + 30, abs=5.1)  # b's load and turn before it
+        while fleet["b"].scheduler.backend is None:  # noqa: ASYNC110  (nothing tells a test)
+            await trio.sleep(0.5)
+        assert trio.current_time() - began == pytest.approx(said, abs=5.1)
+        fleet.nursery.cancel_scope.cancel()
 
 
 async def test_a_backend_that_is_gone_has_no_one_running(autojump_clock: MockClock):
@@ -199,7 +222,7 @@ async def test_a_backend_that_is_gone_has_no_one_running(autojump_clock: MockClo
     await trio.sleep(2)
     assert scheduler.expected_wait(0) == 3.0
     scheduler.close()
-    scheduler.opens_in = lambda: 7.0
+    scheduler.opens_in = lambda _: 7.0
     assert scheduler.expected_wait(0) == 7.0
     assert scheduler.expected_wait(1) == 12.0
     scheduler.open(backend_of(2))

@@ -50,7 +50,7 @@ class Storm:
 
     def watch(self, event: Event) -> None:
         if isinstance(event, ModelChanged):
-            assert sum(model.state.resident for model in self.fleet.registry._all()) <= PLACES
+            assert sum(model.state.resident for model in self.fleet.registry.everyone()) <= PLACES
 
     # --- what clients do
 
@@ -184,7 +184,7 @@ class Storm:
                     server.die(random.choice([0, 1, -6, -9]))
                 else:
                     server.fall_ill("failed 3 health checks in a row")
-            for model in self.fleet.registry._all():
+            for model in self.fleet.registry.everyone():
                 if random.random() < 0.5:
                     model.supervisor.proved()
 
@@ -199,7 +199,7 @@ class Storm:
             assert decision.actions == (), "the registry was not woken for what it should do now"
             assert registry._someone_waits or not decision.someone_waits
             assert registry._inbox.statistics().current_buffer_used == 0
-            for model in registry._all():
+            for model in registry.everyone():
                 scheduler = model.scheduler
                 assert not (scheduler._free and scheduler.waiting), "a free slot, and somebody waits"
                 assert scheduler.paused == (model.alias in decision.yielding)

@@ -30,7 +30,7 @@ async def replicated(servers: FakeServers, replicas: int = 2, slots: int = 1, **
         patch.setattr(Registry, "of", of)
         async with running(servers, {"a": slots, "b": 1}, **system) as fleet:
             yield fleet
-            for model in fleet.registry._all():
+            for model in fleet.registry.everyone():
                 assert model.leader is None or model.scheduler.statistics().active in {0, model.scheduler.active}
 
 

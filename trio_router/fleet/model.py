@@ -52,8 +52,8 @@ class Model:
     """Called when a decision about it may be another than before."""
     loads: LoadPace = attrs.field(factory=LoadPace)
     """Of all models."""
-    room_in: Callable[[], float | None] = attrs.field(default=lambda: 0.0)
-    """Seconds until there is room for it, as far as that is known."""
+    room_in: Callable[[Head | None], float | None] = attrs.field(default=lambda _: 0.0)
+    """Seconds until there is room for it if somebody waits so, as far as that is known."""
 
     asked: int = 0
     """How many ask for it by name and wait until it is ready."""
@@ -150,8 +150,8 @@ class Model:
     def _size_bytes(self) -> int | None:
         return None if self.footprint is None else self.footprint.total_bytes
 
-    def opens_in(self) -> float | None:
-        """Seconds until its slots can be leased; None: not known."""
+    def opens_in(self, head: Head | None = None) -> float | None:
+        """Seconds until its slots can be leased, if somebody waits so; None: not known."""
         if self.scheduler.backend is not None:
             return 0.0
         load = self.load_seconds
@@ -160,7 +160,7 @@ class Model:
             return None
         if since is not None and self.retiring is None:
             return max(0.0, since + load - trio.current_time())
-        room = self.room_in()
+        room = self.room_in(head)
         return None if room is None else room + load
 
     def idle_in(self) -> float | None:

@@ -1,18 +1,20 @@
 """Plans of a registry, as it is now: reads everything, touches nothing."""
 
+import math
 import time
 from typing import TYPE_CHECKING
 
+import attrs
 import trio
 
 from trio_router.backend.lifecycle import State
 from trio_router.errors import QueueFull, ShuttingDown
 from trio_router.fleet.estimate import expected_wait
 from trio_router.fleet.explain import Plan, room_for
-from trio_router.fleet.placement import Decision, Refuse, Retire, Start
+from trio_router.fleet.placement import Decision, ModelSnapshot, Refuse, Retire, Snapshot, Start
 from trio_router.fleet.refusal import no_room
 from trio_router.fleet.ticket import Ticket
-from trio_router.fleet.turns import Head
+from trio_router.fleet.turns import Head, due, turn_seconds
 
 if TYPE_CHECKING:
     from trio_router.fleet.model import Model
@@ -65,15 +67,14 @@ def _never(registry: "Registry", model: "Model") -> tuple[str, str] | None:
 def _with_place(registry: "Registry", plan: "_Telling", ahead: int) -> Plan:
     """The plan for a request whose model is not in memory, or on its way out."""
     model, ticket = plan.model, plan.ticket
-    head = Head(key=ticket.key, arrived_at=ticket.arrived_at, steps=ticket.priority.steps)
-    room = room_for(registry.snapshot(model), model.alias, head)
+    room = room_for(registry.snapshot(model), model.alias, ticket.head)
     if room.refusal is not None:
         models = [*registry.models.values(), *registry.leaving]
         error = no_room(model, room.refusal.shortage, models, registry.config.system)
         return plan.never(error.message, error.code)
     if room.seconds is None:
         why = f"model {model.alias!r} waits for a place: every model in memory has work, and others wait before it"
-        return plan.told("wait", why, position=ahead + 1, wait=None)
+        return plan.told("wait", why, position=ahead + 1, wait=model.scheduler.expected(ticket, ahead))
     drains = [registry.model(victim).scheduler.drained_in() for victim in room.evicts]
     begins = _sum(room.seconds, *drains, model.load_seconds)
     scheduler = model.scheduler
@@ -90,6 +91,60 @@ def _with_place(registry: "Registry", plan: "_Telling", ahead: int) -> Plan:
     return plan.told(
         outcome, why, position=ahead + 1, wait=wait, evicts=room.evicts, place=room.seconds, after=after
     )  # fmt: skip
+
+
+def place_in(registry: "Registry", model: "Model", head: Head | None) -> float | None:
+    """Seconds until there is room for a model that is not in memory, if `head` waits for it; None: not known.
+
+    Every model in memory makes room when its turn is over and what runs then is done; one that nobody waits for, when it
+    has nothing to do any more, if that is first. Who waits for other models and is older gets the first of these places, and keeps them
+    for a turn. Without `head`: for a normal request that comes now.
+    """
+    if model.state.resident:
+        return 0.0
+    snapshot = registry.snapshot(model)
+    if head is None:
+        head = Head(key=snapshot.now + registry.config.system.aging_sec, arrived_at=snapshot.now, steps=1)
+    room = room_for(snapshot, model.alias, head)
+    if room.refusal is not None:
+        return None
+    if room.seconds == 0 and not room.evicts:
+        return 0.0
+    everyone = {each.alias: each for each in registry.everyone()}
+    places = sorted(
+        seconds
+        for resident in snapshot.models
+        if resident.resident and (seconds := _leaves_in(everyone[resident.alias], resident, head, snapshot)) is not None
+    )
+    before = [
+        everyone[other.alias]
+        for other in snapshot.models
+        if other.wanted and other.alias != model.alias and other.head is not None and other.head.key < head.key
+    ]
+    if not places:
+        return None
+    rounds, place = divmod(len(before), len(places))
+    turns = [(other.load_seconds or 0.0) + _turn(other, snapshot) for other in before]
+    return places[place] + (rounds * sum(turns) / len(turns) if turns else 0.0)
+
+
+def _turn(model: "Model", snapshot: Snapshot) -> float:
+    return turn_seconds(model.snapshot(), snapshot.turns)
+
+
+def _leaves_in(model: "Model", resident: ModelSnapshot, head: Head, snapshot: Snapshot) -> float | None:
+    """Seconds until a model in memory is gone, if `head` wants its place; None: not known."""
+    now = snapshot.now
+    drained = model.scheduler.drained_in()
+    if resident.leaving:
+        return drained
+    if resident.pinned:
+        return None
+    ends = [_sum(max(0.0, due(resident, head, snapshot.turns) - now), drained)]
+    if resident.head is None and (idle := model.idle_in()) is not None:
+        rested = attrs.evolve(resident, head=None, active=0, last_used=max(resident.last_used, now + idle))
+        ends.append(max(idle, due(rested, head, snapshot.turns) - now))
+    return min((end for end in ends if end is not None and end < math.inf), default=None)
 
 
 def _sum(*parts: float | None) -> float | None:

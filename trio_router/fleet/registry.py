@@ -41,7 +41,7 @@ from trio_router.fleet.explain import Plan
 from trio_router.fleet.model import Model
 from trio_router.fleet.names import Names
 from trio_router.fleet.placement import Decision, Refuse, Retire, Snapshot, Start, decide
-from trio_router.fleet.planner import decided, plan_for
+from trio_router.fleet.planner import decided, place_in, plan_for
 from trio_router.fleet.refusal import no_room
 from trio_router.fleet.reload import Changes
 from trio_router.fleet.replicas import events_of, say_whether_they_grow, wish_for
@@ -164,7 +164,7 @@ class Registry:
             loads=self.loads,
             ledger=self.ledger,
         )
-        model.room_in = lambda: self._room_in(model)
+        model.room_in = lambda head: place_in(self, model, head)
         scheduler.opens_in = model.opens_in
         model.supervisor = self.supervising(
             model=entry,
@@ -271,13 +271,6 @@ class Registry:
             model = None if event.alias is None else self.models.get(event.alias)
             if model is not None and event.held_seconds is not None and event.priority is not None:
                 model.scheduler.pace.add(event.held_seconds, Priority[event.priority.upper()].steps, now)
-
-    def _room_in(self, model: Model) -> float | None:
-        """Seconds until there is room for a model that is not in memory; None: not known."""
-        residents = [other for other in self._all() if other.state.resident]
-        if model in residents or len(residents) < self.config.system.max_concurrent_models:
-            return 0.0
-        return min((seconds for other in residents if (seconds := other.idle_in()) is not None), default=None)
 
     # --- commands ---------------------------------------------------------------------------------
 
@@ -456,7 +449,7 @@ class Registry:
             devices,
             None if blind else self.host.available(now),
             now,
-            pinned=[model.alias for model in self._all() if model.pinned],
+            pinned=[model.alias for model in self.everyone() if model.pinned],
         )
 
     def _decide(self) -> Decision:
@@ -466,7 +459,7 @@ class Registry:
     def snapshot(self, also: Model | None = None) -> Snapshot:
         """What a decision may know; `also` of a model that nobody wants."""
         system = self.config.system
-        models = [model for model in self._all() if model.matters or model is also] if not self.draining else []
+        models = [model for model in self.everyone() if model.matters or model is also] if not self.draining else []
         return Snapshot(
             now=trio.current_time(),
             models=[model.snapshot() for model in models],
@@ -478,19 +471,19 @@ class Registry:
 
     def projected_bytes(self) -> int:
         """What models in memory are projected to hold on devices."""
-        return sum(model.footprint_bytes or 0 for model in self._all() if model.state.resident)
+        return sum(model.footprint_bytes or 0 for model in self.everyone() if model.state.resident)
 
     def plan(self, ticket: Ticket) -> Plan:
         """What would happen to a request with this ticket."""
         return plan_for(self, ticket)
 
-    def _all(self) -> list[Model]:
+    def everyone(self) -> list[Model]:
         """Every model that may hold memory, replicas too; no two have the same alias."""
         replicas = [replica for model in self.models.values() for replica in model.replicas]
         return [*self.models.values(), *replicas, *self.leaving]
 
     def _do(self, nursery: trio.Nursery, decision: Decision) -> float:
-        models = {model.alias: model for model in self._all()}
+        models = {model.alias: model for model in self.everyone()}
         if decision.actions or decision.yielding:
             self.decisions.extend(decided(self, decision))
         for action in decision.actions:
@@ -512,13 +505,13 @@ class Registry:
     def _refuse(self, model: Model, shortage: Shortage | None) -> None:
         """Tell those who wait; a replica that cannot be is no harm to them."""
         if model.leader is None:
-            error = no_room(model, shortage, self._all(), self.config.system)
+            error = no_room(model, shortage, self.everyone(), self.config.system)
             log.warning("no room", model=model.alias, error=error.message)
             model.refused(error)
 
     def _have_yield(self, decision: Decision) -> None:
         """Models that give no new lease, and who is told that somebody waits."""
-        for model in self._all():
+        for model in self.everyone():
             if model.alias in decision.yielding:
                 model.heir = decision.yielding[model.alias]
                 model.scheduler.pause()
@@ -527,7 +520,7 @@ class Registry:
                 self.look()  # those who got a lease wait no more
         if self._someone_waits != decision.someone_waits:
             self._someone_waits = decision.someone_waits
-            for model in self._all():
+            for model in self.everyone():
                 model.scheduler.contended = decision.someone_waits
         say_whether_they_grow(self.models.values())
         if self.devices is not None:
@@ -601,10 +594,10 @@ class Registry:
     async def drain(self, seconds: float) -> None:
         """Refuse what waits and what comes, and wait up to `seconds` for what runs."""
         self.enter("draining")
-        for model in self._all():
+        for model in self.everyone():
             model.refused(ShuttingDown("the router is shutting down"))
         with trio.move_on_after(seconds) as bound:
-            for model in self._all():
+            for model in self.everyone():
                 await model.scheduler.until_no_lease()
         if bound.cancelled_caught:
-            log.warning("requests are cut", running=sum(model.scheduler.active for model in self._all()))
+            log.warning("requests are cut", running=sum(model.scheduler.active for model in self.everyone()))

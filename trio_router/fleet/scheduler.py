@@ -101,8 +101,8 @@ class Scheduler:
     changed: Callable[[], None] = attrs.field(default=lambda: None)
     """Called when more or fewer wait or hold a lease."""
 
-    opens_in: Callable[[], float | None] = attrs.field(default=lambda: None)
-    """Seconds until there is a backend, as far as that is known."""
+    opens_in: Callable[[Head | None], float | None] = attrs.field(default=lambda _: None)
+    """Seconds until there is a backend if somebody waits so, as far as that is known."""
     pace: Pace = attrs.field(factory=Pace)
 
     backend: Backend | None = None
@@ -229,7 +229,8 @@ class Scheduler:
 
     def expected(self, ticket: Ticket, ahead: int) -> float | None:
         """Seconds until one with such a ticket, and so many ahead, gets a slot; None: too little was measured."""
-        seconds = self.expected_wait(ahead)
+        head = ticket.head
+        seconds = self.expected_wait(ahead, head)
         steps, now, slots = ticket.priority.steps, trio.current_time(), self._all_slots
         if seconds is None or not steps:
             return seconds
@@ -237,13 +238,13 @@ class Scheduler:
         longer = seconds
         for better in reversed(range(steps)):
             longer = overtaken(longer, self.pace.share(better, slots, now), aging * (steps - better))
-        return self.expected_wait(ahead + overtakers(longer - seconds, self.pace, slots))
+        return self.expected_wait(ahead + overtakers(longer - seconds, self.pace, slots), head)
 
-    def expected_wait(self, ahead: int) -> float | None:
+    def expected_wait(self, ahead: int, head: Head | None = None) -> float | None:
         """The same as long as nobody comes who goes first."""
         slots = self._all_slots
         if not any(each.backend is not None for each in (self, *self.followers)):
-            return expected_wait(self.pace, ahead=ahead, slots=slots, elapsed=(), opens_in=self.opens_in())
+            return expected_wait(self.pace, ahead=ahead, slots=slots, elapsed=(), opens_in=self.opens_in(head))
         elapsed = sum((each._elapsed() for each in self.followers), self._elapsed())  # noqa: SLF001  (others of us)
         return expected_wait(self.pace, ahead=ahead, slots=slots, elapsed=elapsed, opens_in=0.0)
 

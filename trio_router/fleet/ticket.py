@@ -7,6 +7,7 @@ from collections.abc import Callable
 import attrs
 
 from trio_router.backend.conversation import Conversation
+from trio_router.fleet.turns import Head
 
 
 class Priority(enum.Enum):
@@ -61,3 +62,8 @@ class Ticket:
     """Called when there is no slot for it at once; again if it lost the one it got."""
     expected_seconds: float | None = None
     """How long it was expected to wait then, if anybody asked."""
+
+    @property
+    def head(self) -> Head:
+        """What a decision may know of it."""
+        return Head(key=self.key, arrived_at=self.arrived_at, steps=self.priority.steps)
