@@ -34,6 +34,7 @@ async def test_a_model_that_is_off(servers: FakeServers, autojump_clock: MockClo
             "port": None,
             "vram_mb": None,
             "vram_used_mb": None,
+            "ram_mb": None,
             "reserved_mb": {},
             "adjusted": [],
             "pinned": False,

@@ -162,7 +162,10 @@ def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _memory(one: dict[str, Any]) -> str:
+    """Of GPUs, or of the host where it needs none of theirs."""
     mib = one["vram_used_mb"] if one["vram_used_mb"] is not None else one["vram_mb"]
+    if not mib and one.get("ram_mb"):
+        return f"{one['ram_mb']} MiB RAM"
     return "-" if mib is None else f"{mib} MiB"
 
 

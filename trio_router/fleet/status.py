@@ -81,6 +81,7 @@ def status(model: Model) -> dict[str, Any]:
         "port": None if address is None else address.port,
         "vram_mb": None if model.footprint_bytes is None else round(model.footprint_bytes / MIB),
         "vram_used_mb": round(sum(held.values()) / MIB) if held else None,
+        "ram_mb": None if model.footprint is None else round(model.footprint.host_bytes / MIB),
         "reserved_mb": in_mebibytes(model.reserved()),
         "adjusted": list(model.relief.adjusted),
         "pinned": model.config.pinned,

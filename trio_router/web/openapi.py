@@ -55,6 +55,7 @@ SCHEMAS: Final[Mapping[str, Schema]] = {
         port=COUNT_OR_NULL,
         vram_mb=COUNT_OR_NULL,
         vram_used_mb=COUNT_OR_NULL,
+        ram_mb=COUNT_OR_NULL,
         load_progress=COUNT_OR_NULL,
         started_at=TEXT_OR_NULL,
         last_used_at=TEXT_OR_NULL,

@@ -18,7 +18,8 @@ function Waiting({ model }) {
 }
 
 function Memory({ model }) {
-  const { vram_used_mb: used, vram_mb: projected } = model;
+  const { vram_used_mb: used, vram_mb: projected, ram_mb: ram } = model;
+  if (!used && !projected && ram) return html`<span class="faint" title="what it is projected to need of the host's memory">${gib(ram)} RAM</span>`;
   if (used === null) return html`<span class="faint" title="what it is projected to need">${gib(projected)}</span>`;
   return html`<span title="what it holds${projected === null ? "" : `, of ${gib(projected)} projected`}">${gib(used)}</span>`;
 }
