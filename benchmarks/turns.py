@@ -7,7 +7,7 @@ which ask for one model at a time, whose oldest request is oldest: then it answe
 own policy where loads take less than a second, so loads and times differ by what a load takes, and no bar is set.
 `slow`: a load takes two seconds more, as that of a big model
 does; held against our own first-come, that is `min_turn_sec = 0`. `priority`: high and low, with such loads.
-`shares`: a client with ten requests at a time beside one with one.
+`shares`: a client with ten requests at a time beside one with a tenth of its load.
 """
 
 import http.client
@@ -347,15 +347,27 @@ def crowd(target: str, what: Mapping[str, Any], size: int) -> Iterator[None]:
             thread.join()
 
 
+def now_and_then(target: str, what: Mapping[str, Any], count: int, pause: float) -> list[float]:
+    """What so many requests take that come at random, about so many seconds after the last."""
+    chance = random.Random(SEED)
+    found = []
+    for _ in range(count):
+        time.sleep(chance.expovariate(1 / pause))
+        found.append(send(target, what)[1])
+    return found
+
+
 def shares(bench: Bench) -> None:
     what = body(ALIASES[0], tokens=48)
     count = 20 if bench.report.options.quick else 60
     with bench.ours("shares", bench.server.path) as peer:
-        alone = [send(peer.target, what)[1] for _ in range(count)]
+        usual = statistics.median(send(peer.target, what)[1] for _ in range(10))
+        # a tenth of what the other has: it would have half of it if it asked again at once
+        alone = now_and_then(peer.target, what, count, 9 * usual)
         with crowd(peer.target, what, 10):
-            beside = [send(peer.target, what)[1] for _ in range(count)]
+            beside = now_and_then(peer.target, what, count, 9 * usual)
     bench.report.table(
-        "one client with a request at a time, one slot",
+        "one client with a request now and then, one slot",
         [
             {"": name, "p50 ms": share(each, 0.5) * 1e3, "p95 ms": share(each, 0.95) * 1e3}
             for name, each in (("alone", alone), ("beside one with ten at a time", beside))
