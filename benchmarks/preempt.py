@@ -129,10 +129,11 @@ def run(report: Report) -> None:
                     path="/v1/completions",
                 )
             )
-            alone = first_tokens(peer, tries)
+            some = tries if preempt else 2
+            alone = first_tokens(peer, some)
             with Low(peer) as low:
-                filled = statistics.median(first_tokens(peer, 2 * tries if preempt else 2))
-            quiet = statistics.median([*alone, *first_tokens(peer, tries)])
+                filled = statistics.median(first_tokens(peer, 2 * some if preempt else 1))
+            quiet = statistics.median([*alone, *first_tokens(peer, some)])
             rows.append(
                 {
                     "preempt_low": "on" if preempt else "off",
