@@ -322,13 +322,6 @@ def test_bearer(authorization):
     assert has_key(authorization, "wrong")
 
 
-def test_either_header_takes_either_form():
-    """As llama-server does."""
-    assert has_key(" s3cret ")
-    assert has_key(None, "Bearer s3cret")
-    assert has_key("s3cret", "wrong")
-
-
 def test_x_api_key():
     assert has_key(None, "s3cret")
     assert has_key("Bearer wrong", "s3cret")
@@ -337,12 +330,13 @@ def test_x_api_key():
 
 @pytest.mark.parametrize(
     "sent",
-    ["", "Bearer", "Bearer ", "Bearer wrong", "Bearer s3cre", "Bearer s3cret1", "Bearer S3CRET", "Basic s3cret",
+    ["", "Bearer", "Bearer ", "Bearer wrong", "Bearer s3cre", "Bearer s3cret1", "Bearer S3CRET", "s3cret", "Basic s3cret",
      "Bearers3cret", "Bearer s3cret s3cret", "Token s3cret", "Bearer \x00", "Bearer ü\xff", "Bearer " + "x" * 100_000],
 )  # fmt: skip
 def test_wrong_keys(sent):
     assert not has_key(sent)
-    assert not has_key(None, sent)
+    if sent != "s3cret":
+        assert not has_key(None, sent)
 
 
 def test_none_at_all():

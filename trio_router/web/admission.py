@@ -285,7 +285,7 @@ class Admission:
         """Whose key the request brings; None when it needs none. Raises InvalidApiKey."""
         if not self._holders or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
             return None
-        for sent in (_bearer(authorization), x_api_key, authorization, _bearer(x_api_key)):  # as llama-server takes it
+        for sent in (_bearer(authorization), x_api_key):
             # by its digest, so the time a look-up takes tells nothing of a key
             if sent is not None and (holder := self._holders.get(key_digest(sent.strip()))) is not None:
                 return holder
