@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
@@ -146,6 +147,10 @@ class Backend:
                     nursery.start_soon(_until_let_go, slot, connection, let_go)
         finally:
             self._attended = False
+            with suppress(trio.WouldBlock):
+                while True:
+                    _, connection, _ = self._forsaken[1].receive_nowait()
+                    connection.close()
 
     def open_slots(self, count: int) -> None:
         """Make the slots; once."""
