@@ -123,6 +123,10 @@ def test_a_model_that_comes_and_goes(both: tuple[Server, Server]) -> None:
         # their /props says that there is a model before their list does
         wait_until(lambda server=server: server.entries()["one"].get("meta"), timeout_seconds=10)
         answers.append(server.entries()["one"])
+        answers.append(server.ask("POST", "/slots/0?action=erase", {"model": "one"}))
+        answers.append(server.ask("POST", "/lora-adapters", {"model": "one"}))
+        word = {"model": "one", "id": "chatcmpl-x", "action": "reasoning_end"}
+        answers.append(server.ask("POST", "/v1/chat/completions/control", word))
         answers.append(server.ask("POST", "/models/unload", {"model": "one"}))
         answers.append(server.until("one", "unloaded"))
         answers.append(server.ask("POST", "/models/unload", {"model": "one"}))
@@ -162,6 +166,9 @@ def test_one_models_metrics(ours: Server) -> None:
         ("POST", "/v1/chat/completions?autoload=false", {"model": "two", "messages": []}),
         ("POST", "/v1/chat/completions", {"messages": []}),
         ("POST", "/models/load", {"model": "nobody"}),
+        ("POST", "/slots/0?action=erase", {}),
+        ("POST", "/lora-adapters?autoload=false", {"model": "two"}),
+        ("POST", "/v1/chat/completions/control", {"id": "chatcmpl-x", "action": "reasoning_end"}),
     ],
 )
 def test_the_same_status_and_shape(both: tuple[Server, Server], method: str, path: str, body: Any) -> None:

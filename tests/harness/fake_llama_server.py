@@ -88,6 +88,8 @@ REASONS = {
     503: "Service Unavailable",
 }
 ERROR_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+CONTROL = "/v1/chat/completions/control"
+COMMANDS = re.compile(r"/props|/lora-adapters|/slots/[0-9]+|" + CONTROL)
 ROUTES = {
     "/v1/chat/completions": "chat",
     "/chat/completions": "chat",
@@ -308,6 +310,7 @@ class Server:
         self.ready = False
         self.told_ready = False
         self.counter = 0
+        self.under_way = set()
         self.tokens = 0
 
     # --- the process ---------------------------------------------------------------------------------
@@ -489,9 +492,27 @@ class Server:
         if request.method == "GET":
             return self.monitor(client, path, keep=keep)
         kind = ROUTES.get(path)
+        if request.method == "POST" and COMMANDS.fullmatch(path):
+            return self.command(client, request, keep=keep)
+        if request.method == "DELETE" and path == "/v1/stream":
+            return self.whole(client, 204, b"", keep=keep)
         if kind is None or request.method != "POST":
             return self.error(client, 404, "File Not Found")
         return self.infer(client, request, kind, keep=keep)
+
+    def command(self, client, request, *, keep):
+        """Says what it was told. An action on a slot waits until it is free, and on one only."""
+        body = json.loads(request.body) if request.body else None
+        told = {"path": request.target, "body": body}
+        if request.path.startswith("/slots/"):
+            number = int(request.path.removeprefix("/slots/"))
+            if number >= self.slots.count:
+                return self.error(client, 400, "Invalid slot ID")
+            while number not in self.slots.free:
+                client.wait(0.05)
+        if request.path == CONTROL:
+            told["success"] = body.get("id") in self.under_way
+        return self.whole(client, 200, dumps(told), keep=keep)
 
     def monitor(self, client, path, *, keep):
         busy = self.slots.count - len(self.slots.free)
@@ -545,11 +566,14 @@ class Server:
             length=len(request.body),
             **facts,
         )
-        slot = None
+        slot = under_way = None
         try:
             slot = self.slots.take(client)
             self.recorder.add("started", slot=slot, **facts)
-            kept = Answer(self, client, request, body, faults, keep=keep).give(kind)
+            answer = Answer(self, client, request, body, faults, keep=keep)
+            under_way = "chatcmpl-" + answer.id
+            self.under_way.add(under_way)
+            kept = answer.give(kind)
         except ClientGone:
             self.recorder.add("cancelled", **facts)
             raise
@@ -557,6 +581,7 @@ class Server:
             self.recorder.add("finished", **facts)
             return kept
         finally:
+            self.under_way.discard(under_way)
             if slot is not None:
                 self.slots.give(slot)
 

@@ -1,6 +1,7 @@
 """The paths of llama-server's own router mode."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def test_upstream_is_the_llama_server_itself(router: RouterProcess) -> None:
     assert router.get("/upstream/org/two/health").json() == {"status": "ok"}
     assert router.get("/upstream/org/two/nothing").status_code == 404
     assert router.get("/upstream/none/health").json()["error"]["code"] == "model_not_found"
+    assert router.request("DELETE", "/upstream/org/two/v1/stream?conv_id=x").status_code == 204
     body = chat_body("whatever the page says")
     answer = router.post("/upstream/org/two/v1/chat/completions", body)
     assert answer.status_code == 200, answer.text
@@ -165,3 +167,94 @@ def test_a_default_model(start_router: StartRouter, changed: dict[str, Any], hea
     answer = httpx.post(f"{router.url}/v1/chat/completions", json=body, headers=headers)
     assert answer.status_code == 200, answer.text
     assert (values(router)["one"], values(router)["two"]) == ("unloaded", "loaded")
+
+
+COMMANDS = ["/slots/0?action=save", "/slots/0?action=erase", "/lora-adapters", "/props"]
+
+
+@pytest.mark.parametrize("target", COMMANDS)
+def test_what_is_said_to_one_model(router: RouterProcess, target: str) -> None:
+    """llama-server's router takes the model's name from the body, where there is one that can hold it."""
+    body = {"model": "org/two", "filename": "a.bin"}
+    told = {"path": target, "body": body}
+    assert router.post(target, body).json() == told
+    named = target + ("&" if "?" in target else "?") + "model=org/two"
+    assert router.post(named, [{"id": 0, "scale": 0.5}]).json() == {"path": named, "body": [{"id": 0, "scale": 0.5}]}
+    assert router.request("POST", named).json() == {"path": named, "body": None}
+    assert values(router) == {"one": "unloaded", "org/two": "loaded", "broken": "unloaded", "sees": "unloaded"}
+    if "slots" in target:
+        absent = router.post("/slots/1?action=save", body)
+        assert (absent.status_code, absent.json()["error"]["message"]) == (400, "Invalid slot ID")
+    for wrong, status, code in (
+        (b"", 400, "missing_model"),
+        (b"[]", 400, "missing_model"),
+        (b'{"model": 1}', 400, "missing_model"),
+        (b"{", 400, "invalid_json"),
+        (b'{"model": "nobody"}', 404, "model_not_found"),
+    ):
+        answer = router.request("POST", target, content=wrong)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_a_slot_that_computes_has_its_action_wait(router: RouterProcess, tmp_path: Path) -> None:
+    """Longer than a question about it may take."""
+    gate = tmp_path / "gate"
+    running = router.in_background("sees", fake={"hold_until": str(gate)})
+    router.wait_for_status("sees", active=1)
+    with ThreadPoolExecutor() as pool:
+        erased = pool.submit(router.post, "/slots/0?action=erase", {"model": "sees"})
+        with pytest.raises(TimeoutError):
+            erased.result(6)
+        gate.touch()
+        assert erased.result(10).status_code == 200
+    assert running.answer().status_code == 200
+
+
+def test_commands_to_a_model_are_an_operators(start_router: StartRouter) -> None:
+    router = start_router(models={"one": []}, keys=[{"name": "app", "key": "sk-app"}])
+    for target in COMMANDS:
+        answer = httpx.post(router.url + target, json={"model": "one"}, headers={"Authorization": "Bearer sk-app"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "admin_required")
+
+
+def test_a_word_to_an_answer_under_way(start_router: StartRouter) -> None:
+    keys = [
+        {"name": "app", "key": "sk-app", "models": ["one"]},
+        {"name": "other", "key": "sk-other", "models": ["two"]},
+        {"name": "boss", "key": "sk-boss", "admin": True},
+    ]
+    router = start_router(models={"one": [], "two": []}, keys=keys)
+
+    def end(id: str, model: str = "one", key: str = "sk-app") -> httpx.Response:
+        body = {"model": model, "id": id, "action": "reasoning_end"}
+        return httpx.post(f"{router.url}/v1/chat/completions/control", json=body, headers={"X-Api-Key": key})
+
+    assert end("x").json() == {"success": False, "message": "no active completion: 'one' is not loaded"}
+    body = chat_body("one", stream=True, fake={"tokens": 200, "token_seconds": 0.05})
+    headers = {"X-Api-Key": "sk-app"}
+    with httpx.stream("POST", f"{router.url}/v1/chat/completions", json=body, headers=headers) as answer:
+        lines = answer.iter_lines()
+        first = next(line for line in lines if line.startswith("data: "))
+        # its only slot is taken: what is said about it waits for none
+        said = end(json.loads(first.removeprefix("data: "))["id"])
+        assert (said.status_code, said.json()["success"]) == (200, True)
+        assert end("another").json()["success"] is False
+    assert end("x", key="sk-other").json()["error"]["code"] == "model_not_allowed"
+    assert end("x", "nobody", key="sk-boss").json()["error"]["code"] == "model_not_found"
+
+
+def test_a_default_model_answers_questions_too(start_router: StartRouter) -> None:
+    router = start_router(models={"one": ["-np", "2"], "two": []}, system={"default_model": "one"})
+    assert router.get("/props").json()["model_path"] == "none"
+    assert values(router)["one"] == "unloaded"
+    for path in ("/slots", "/slots?model=gpt-4o", "/props?model=gpt-4o"):
+        assert router.get(path).status_code == 200
+    assert len(router.get("/slots").json()) == 2
+    assert router.request("POST", "/slots/0?action=erase").json()["path"] == "/slots/0?action=erase"
+    assert router.post("/lora-adapters", [{"id": 0, "scale": 1}]).status_code == 200
+    props = router.get("/props").json()  # of whom a program that knows of one llama-server would ask
+    assert (props["role"], props["max_instances"]) == ("router", 3)
+    assert (props["total_slots"], props["build_info"]) == (2, "b1-fake")
+    assert props["default_generation_settings"]["n_ctx"] == 1024
+    assert props["model_path"].endswith(".gguf")
+    assert values(router)["two"] == "unloaded"

@@ -37,5 +37,5 @@ def test_it_describes_the_routes_there_are(tmp_path):
         for method in rule.methods - {"HEAD", "OPTIONS"}
     }
     pages = {("get", path) for path in ("/", "/ui", "/ui/", "/ui/{name}")}  # for people
-    theirs = {(method, "/upstream/{target}") for method in ("get", "post")}  # whatever a llama-server has
+    theirs = {(method, "/upstream/{target}") for method in ("get", "post", "delete")}  # whatever a llama-server has
     assert {(endpoint.method, endpoint.path) for endpoint in ENDPOINTS} == routes - pages - theirs

@@ -75,19 +75,25 @@ class BackendClient:
             raise NoAnswer(f"{path} answered something that is not a JSON object")
         return found
 
-    async def passed_on(self, method: str, target: str, headers: dict[str, str], body: bytes) -> "Answered":
-        """What it answers to somebody else's question, its bytes as they came. Raises NoAnswer."""
-        return await self._ask(method, target, headers, body, MAX_PASSED_BYTES)
+    async def passed_on(
+        self, method: str, target: str, headers: dict[str, str], body: bytes, seconds: float | None = None
+    ) -> "Answered":
+        """What it answers, within `seconds` if those are said, to somebody else's question, its bytes as they came. Raises NoAnswer."""
+        return await self._ask(method, target, headers, body, most=MAX_PASSED_BYTES, seconds=seconds)
 
     async def _get(self, path: str) -> "Answered":
-        return await self._ask("GET", path, {}, b"", MAX_ANSWER_BYTES)
+        return await self._ask("GET", path, {}, b"", most=MAX_ANSWER_BYTES)
 
-    async def _ask(self, method: str, path: str, sent: dict[str, str], content: bytes, most: int) -> "Answered":
+    async def _ask(
+        self, method: str, path: str, sent: dict[str, str], content: bytes, *, most: int, seconds: float | None = None
+    ) -> "Answered":
         body = bytearray()
+        timeout = TIMEOUT if seconds is None else httpx.Timeout(seconds)
+        seconds = timeout.read or 5.0
         try:
             # a bound on the whole, beside httpx's own on each read: one byte a second would satisfy those
-            with trio.move_on_after(TIMEOUT.read or 5.0) as patience:
-                async with self._http.stream(method, path, headers=sent, content=content) as answer:
+            with trio.move_on_after(seconds) as patience:
+                async with self._http.stream(method, path, headers=sent, content=content, timeout=timeout) as answer:
                     async for piece in answer.aiter_raw():
                         body += piece
                         if len(body) > most:
@@ -99,7 +105,7 @@ class BackendClient:
         if len(body) > most:
             raise NoAnswer(f"{path} answered more than {most} bytes")
         if patience.cancelled_caught:
-            raise NoAnswer(f"{path} did not answer within {TIMEOUT.read:g} s")
+            raise NoAnswer(f"{path} did not answer within {seconds:g} s")
         return Answered(answer.status_code, answer.headers, bytes(body))
 
 

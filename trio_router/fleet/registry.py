@@ -330,6 +330,11 @@ class Registry:
                 model.kept = model.preload = False
         return leaving
 
+    def meant(self, said: str) -> str:
+        """The name that counts where a client says `said`: that of the default model for one that is nobody's."""
+        default = self.config.system.default_model
+        return said if default is None or said in self.names else default
+
     def reset(self, alias: str) -> tuple[bool, str | None]:
         """Let a failed model be tried again: whether there was anything to reset, and what the error was."""
         model = self.model(alias)

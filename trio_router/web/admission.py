@@ -297,11 +297,13 @@ _INFERENCE_ENDS: Final = tuple(INFERENCE_PATHS)
 
 
 PLAN_PATH: Final = "/v1/router/plan"
+CONTROL_PATH: Final = "/v1/chat/completions/control"
+"""A word to llama-server about an answer under way, by its id; computes nothing, so it waits for no slot."""
 
 
 def changes_state(method: str, path: str) -> bool:
     """Whether a request is an operator's: it does more than to read, or to ask a model."""
-    if method in SAFE_METHODS or path.rstrip("/") in INFERENCE_PATHS or path == PLAN_PATH:
+    if method in SAFE_METHODS or path.rstrip("/") in INFERENCE_PATHS or path in {PLAN_PATH, CONTROL_PATH}:
         return False
     return not (path.startswith(UPSTREAM) and path.endswith(_INFERENCE_ENDS))
 

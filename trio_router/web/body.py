@@ -51,14 +51,18 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The body of a management request, a JSON object. Raises InvalidJSON, BodyTooLarge, RequestTimeout."""
-    body = await read_body(request, COMMAND_BYTES)
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InvalidJSON(f"the body is not JSON: {error}") from error
+    found = parsed(await read_body(request, COMMAND_BYTES))
     if not isinstance(found, dict):
         raise InvalidJSON("the body is JSON, but not an object")
     return found
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON that it is. Raises InvalidJSON."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidJSON(f"the body is not JSON: {error}") from error
 
 
 async def _discard(body: AsyncIterable[bytes]) -> None:

@@ -5,7 +5,7 @@ from typing import Final
 from trio_router.backend.answer import Headers
 from trio_router.web.admission import Admission
 
-ALLOWED_METHODS: Final = b"GET, POST, OPTIONS"
+ALLOWED_METHODS: Final = b"GET, POST, DELETE, OPTIONS"
 ALLOWED_HEADERS: Final = (
     # any, as far as a browser knows the star: OpenAI's and Anthropic's clients send a dozen that describe themselves
     b"*, Authorization, Content-Type, Last-Event-ID, X-Api-Key, X-Request-ID, X-Request-Priority, "

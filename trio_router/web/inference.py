@@ -220,11 +220,9 @@ class Exchange:
 
         Raises MissingModel.
         """
-        default = self.registry.config.system.default_model
-        wish = read_wish(self.body, default, talk=self.asked.streamed)
+        wish = read_wish(self.body, self.registry.config.system.default_model, talk=self.asked.streamed)
         self._stream, self._talk = wish.stream, wish.talk
-        said = wish.model if default is None or wish.model in self.registry.names else default
-        return said, wish.keep_alive
+        return self.registry.meant(wish.model), wish.keep_alive
 
     def _suit(self, talk: Talk, ticket: Ticket, outgoing: Outgoing) -> None:
         """What a request gets whose body we read: a slot that suits it, word while it waits, a llama-server that stops."""

@@ -37,12 +37,8 @@ class Holder:
 
         Raises ModelNotAllowed, TooManyRequests.
         """
+        self.check_model(alias, said)
         config = self.config
-        if alias not in config.models and ANY_MODEL not in config.models and said not in config.models:
-            raise ModelNotAllowed(
-                f"the key {config.name!r} may not ask model {alias!r}; it may ask {', '.join(config.models) or 'none'}",
-                param="model",
-            )
         if config.max_concurrency is not None and self.running >= config.max_concurrency:
             raise TooManyRequests(
                 f"the key {config.name!r} has {self.running} requests under way, as many as it may",
@@ -50,6 +46,15 @@ class Holder:
             )
         self.running += 1
         return max(wanted, Priority[config.max_priority.name], key=lambda priority: priority.value)
+
+    def check_model(self, alias: str, said: str | None = None) -> None:
+        """Raise ModelNotAllowed unless it may ask `alias`, which the client called `said`."""
+        config = self.config
+        if alias not in config.models and ANY_MODEL not in config.models and said not in config.models:
+            raise ModelNotAllowed(
+                f"the key {config.name!r} may not ask model {alias!r}; it may ask {', '.join(config.models) or 'none'}",
+                param="model",
+            )
 
     def leave(self) -> None:
         """End it."""

@@ -3,16 +3,18 @@
 Source: "Using multiple models" in llama.cpp's tools/server/README.md, and a llama-server b10434 in that mode, which a
 test holds these answers against. Ours differ in errors' codes, which are words, and in 404 for unknown models. What belongs to one model (`/props`, `/slots`,
 `/lora-adapters`, each with `?model=`) is answered by its llama-server, which is loaded for it unless `?autoload=false`.
+What is said to one (`POST` there, and `/slots/0?action=save`) may name it in its body, too.
 `/upstream/{alias}/...` is that llama-server itself, its own chat page included; what is asked of it there to compute
 waits for a slot like everything else.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import attrs
-from quart import Response, request
+from quart import Response, g, request
 from quart_trio import QuartTrio
 from werkzeug.utils import redirect
 from werkzeug.wrappers import Response as WerkzeugResponse
@@ -25,14 +27,16 @@ from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import LISTED, listed
 from trio_router.telemetry.events import Event, Events, ModelChanged, Reloaded
-from trio_router.web.admission import INFERENCE_PATHS, UPSTREAM
-from trio_router.web.body import read_body
+from trio_router.web.admission import CONTROL_PATH, INFERENCE_PATHS, SAFE_METHODS, UPSTREAM
+from trio_router.web.body import COMMAND_BYTES, parsed, read_body
 from trio_router.web.models import named_model, truth
 from trio_router.web.reload import Reloader
 from trio_router.web.responses import json_response
 from trio_router.web.sse import Hub, stream_response
 
 OF_ONE_MODEL: Final = ("/slots", "/lora-adapters")
+TO_ONE_MODEL: Final = ("/props", "/slots/<int:id>", "/lora-adapters")
+DONE: Final = re.compile(rb'"success"\s*:\s*true')
 PASSED_HEADERS: Final = ("content-type", "content-encoding", "cache-control", "etag", "location")
 Infer = Callable[[str, str], Any]
 """Answers the request at hand by a model (its alias), at a path."""
@@ -123,6 +127,19 @@ def asks_to_reload() -> bool:
     return request.path.rstrip("/") == "/models" and "reload" in request.args
 
 
+async def props(registry: Registry) -> dict[str, Any]:
+    """The same with what the default model says of itself, if it is loaded: programs for one llama-server look for that."""
+    default, own = registry.config.system.default_model, router_props(registry)
+    backend = None if default is None else registry.model(default).supervisor.backend
+    if backend is None:
+        return own
+    client: BackendClient = backend.client
+    try:
+        return {**own, **await client.props(), "role": own["role"], "cors_proxy_enabled": False}
+    except NoAnswer:  # it is on its way out, or does not answer: its supervisor sees to that
+        return own
+
+
 async def loaded(registry: Registry, alias: str) -> BackendClient:
     """Who to ask about the model; it is loaded first, unless the request says not to. Raises ModelNotLoaded."""
     model = registry.model(alias)
@@ -136,14 +153,14 @@ async def loaded(registry: Registry, alias: str) -> BackendClient:
     return client
 
 
-async def passed_on(client: BackendClient, path: str, body: bytes = b"") -> Response:
-    """The answer of a llama-server to the request at hand, asked at `path`."""
+async def passed_on(client: BackendClient, path: str, body: bytes = b"", *, seconds: float | None = None) -> Response:
+    """The answer of a llama-server to the request at hand, asked at `path`; a reading takes no time, `seconds` are for more."""
     query = request.query_string.decode("latin-1")
     headers = {
         name: request.headers[name] for name in ("Accept", "Accept-Encoding", "Content-Type") if name in request.headers
     }
     try:
-        answer = await client.passed_on(request.method, f"{path}?{query}" if query else path, headers, body)
+        answer = await client.passed_on(request.method, f"{path}?{query}" if query else path, headers, body, seconds)
     except NoAnswer as error:
         raise BackendUnavailable(f"its llama-server did not answer: {error}", param="model") from error
     response = Response(answer.content, answer.status_code)
@@ -152,6 +169,21 @@ async def passed_on(client: BackendClient, path: str, body: bytes = b"") -> Resp
         if name in answer.headers:
             response.headers[name] = answer.headers[name]
     return response
+
+
+def model_meant(registry: Registry, body: Any = None) -> str:
+    """The model that the request at hand is about: its query says it, or its body, or it is the default one.
+
+    Raises MissingModel.
+    """
+    said = request.args.get("model")
+    if said is None and isinstance(body, dict):
+        said = body.get("model")
+    if said is None:
+        said = registry.config.system.default_model
+    if not isinstance(said, str):
+        raise MissingModel(f"{request.path} is one model's: ?model=ALIAS", param="model")
+    return registry.meant(said)
 
 
 def split(registry: Registry, target: str) -> tuple[str, str]:
@@ -165,7 +197,9 @@ def split(registry: Registry, target: str) -> tuple[str, str]:
 def add_routes(app: QuartTrio, registry: Registry, events: Events, infer: Infer, reloader: Reloader) -> None:
     """Add them to `app`."""
     _add_all_models(app, registry, events, reloader)
-    _add_one_model(app, registry, infer)
+    _add_one_model(app, registry)
+    _add_control(app, registry)
+    _add_upstream(app, registry, infer)
 
 
 def _add_all_models(app: QuartTrio, registry: Registry, events: Events, reloader: Reloader) -> None:
@@ -203,23 +237,45 @@ def _add_all_models(app: QuartTrio, registry: Registry, events: Events, reloader
         return stream_response(reader)
 
 
-def _add_one_model(app: QuartTrio, registry: Registry, infer: Infer) -> None:
+def _add_one_model(app: QuartTrio, registry: Registry) -> None:
     @app.get("/props")
     async def model_props() -> Response:
-        alias = request.args.get("model")
-        if alias is None:
-            return json_response(router_props(registry))
-        return await passed_on(await loaded(registry, alias), "/props")
+        if "model" not in request.args:
+            return json_response(await props(registry))
+        return await passed_on(await loaded(registry, model_meant(registry)), "/props")
 
     async def of_one_model() -> Response:
-        alias = request.args.get("model")
-        if alias is None:
-            raise MissingModel(f"{request.path} is one model's: ?model=ALIAS", param="model")
-        return await passed_on(await loaded(registry, alias), request.path)
+        return await passed_on(await loaded(registry, model_meant(registry)), request.path)
+
+    async def to_one_model(**_: int) -> Response:
+        body = await read_body(request, COMMAND_BYTES)
+        client = await loaded(registry, model_meant(registry, parsed(body) if body else None))
+        # an action on a slot waits until that is free
+        return await passed_on(client, request.path, body, seconds=registry.config.system.request_timeout_sec)
 
     for path in OF_ONE_MODEL:
         app.add_url_rule(path, f"of one model {path}", of_one_model, methods=["GET"])
+    for path in TO_ONE_MODEL:
+        app.add_url_rule(path, f"to one model {path}", to_one_model, methods=["POST"])
 
+
+def _add_control(app: QuartTrio, registry: Registry) -> None:
+    @app.post(CONTROL_PATH)
+    async def control() -> Response:
+        body = await read_body(request, COMMAND_BYTES)
+        said = model_meant(registry, parsed(body))
+        model = registry.model(said)
+        if g.holder is not None:
+            g.holder.check_model(model.alias, said)
+        backends = [each.supervisor.backend for each in (model, *model.replicas)]
+        answers = [await passed_on(each.client, CONTROL_PATH, body) for each in backends if each is not None]
+        if not answers:
+            return json_response({"success": False, "message": f"no active completion: {model.alias!r} is not loaded"})
+        done = [answer for answer in answers if DONE.search(await answer.get_data(as_text=False))]
+        return (done or answers)[0]
+
+
+def _add_upstream(app: QuartTrio, registry: Registry, infer: Infer) -> None:
     async def upstream(target: str) -> Response | WerkzeugResponse:
         said, path = split(registry, target)
         if not path:
@@ -228,6 +284,8 @@ def _add_one_model(app: QuartTrio, registry: Registry, infer: Infer) -> None:
             response: Response = await infer(said, path)
             return response
         body = await read_body(request, registry.config.api.max_body_bytes)
-        return await passed_on(await loaded(registry, said), path, body)
+        seconds = registry.config.system.request_timeout_sec
+        reads = request.method in SAFE_METHODS
+        return await passed_on(await loaded(registry, said), path, body, seconds=None if reads else seconds)
 
-    app.add_url_rule(f"{UPSTREAM}<path:target>", "upstream", upstream, methods=["GET", "POST"])
+    app.add_url_rule(f"{UPSTREAM}<path:target>", "upstream", upstream, methods=["GET", "POST", "DELETE"])

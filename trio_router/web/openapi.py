@@ -9,7 +9,7 @@ from quart_trio import QuartTrio
 
 from trio_router import __version__
 from trio_router.fleet.registry import Registry
-from trio_router.web.admission import INFERENCE_PATHS, OPEN_PATHS, Admission
+from trio_router.web.admission import CONTROL_PATH, INFERENCE_PATHS, OPEN_PATHS, Admission
 from trio_router.web.responses import json_response
 
 Schema = Mapping[str, Any]
@@ -367,6 +367,41 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
             error=_object(error=OBJECT),
         )
         for path in ("/props", "/slots", "/lora-adapters")
+    ),
+    *(
+        Endpoint(
+            method="post",
+            path=path,
+            summary=summary,
+            tag="llama-server's router",
+            answers={200: (JSON, ANY)},
+            errors=(404, 408, 413, 500, 501, 503, 504),
+            parameters=(
+                *parameters,
+                _parameter("model", "query", STRING, "Its alias; or the body says it.", needed=True),
+                _parameter("autoload", "query", SWITCH, "false: an error if it is not loaded."),
+            ),
+            error=_object(error=OBJECT),
+        )
+        for path, summary, parameters in (
+            ("/props", "Change a model's own settings, as far as its llama-server lets.", ()),
+            ("/lora-adapters", "How much each of a model's adapters counts.", ()),
+            (
+                "/slots/{id}",
+                "Save, restore or erase what a slot holds.",
+                (_parameter("id", "path", COUNT, "Its number."), _parameter("action", "query", STRING, "What to do.")),
+            ),
+        )
+    ),
+    Endpoint(
+        method="post",
+        path=CONTROL_PATH,
+        summary="A word to llama-server about an answer under way: its `id`, and an `action` (`reasoning_end`).",
+        tag="llama-server's router",
+        answers={200: (JSON, ANY)},
+        errors=(404, 408, 413, 500, 501, 503),
+        error=_object(error=OBJECT),
+        body="NamedModel",
     ),
     _get("/health", "Is the router well?", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
     _get("/v1/health", "The same.", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
