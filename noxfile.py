@@ -52,7 +52,7 @@ def tests(session: nox.Session) -> None:
     pictures = {"TRIO_ROUTER_SCREENSHOTS": str(Path(session.virtualenv.location) / "screenshots")}  # of the dashboard
     again = ["-m", "not once"] if session.python != OLDEST and _is_here(OLDEST) else []
     # in their order, not by how many tests a module has: the longest ones are alone in theirs and would come last
-    spread = ["--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder"]
+    spread = ["--numprocesses=3", "--dist=loadfile", "--no-loadscope-reorder", "--durations=15"]
     session.run("pytest", *spread, *again, *session.posargs, env=pictures)
 
 

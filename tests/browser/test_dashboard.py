@@ -17,7 +17,7 @@ from tests.harness.router import RouterProcess
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-pytestmark = [pytest.mark.process, pytest.mark.browser]
+pytestmark = [pytest.mark.process, pytest.mark.browser, pytest.mark.once]
 
 SECONDS = 15
 ENDLESS = {"tokens": 10_000, "token_seconds": 0.05}

@@ -14,7 +14,7 @@ import pytest
 from tests.harness.router import RouterProcess, chat_body
 from tests.harness.toml import router_toml
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.once]
 
 LONG = [{"role": "user", "content": "word " * 1500}]
 """Half a minute of prompt, in batches of 0.3 s."""

@@ -75,9 +75,10 @@ def test_drain(start_router: StartRouter, record: Record, way: str) -> None:
     assert "queued" not in record.tags("received")
 
 
-def test_drain_is_bounded(start_router: StartRouter, record: Record) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_drain_is_bounded(start_router: StartRouter, record: Record, way: str) -> None:
     router = start_router(qwen=record.flags, system={"drain_timeout_sec": 0.5})
-    running = router.in_background("qwen", fake={"stall": True})
+    running = router.in_background("qwen", fake={"stall": True}, headers=WAYS[way])
     record.wait_for("started")
     began = time.monotonic()
     router.terminate()
@@ -88,10 +89,11 @@ def test_drain_is_bounded(start_router: StartRouter, record: Record) -> None:
     assert router.children() == set()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_cuts(start_router: StartRouter, record: Record, second: signal.Signals) -> None:
+def test_a_second_signal_cuts(start_router: StartRouter, record: Record, second: signal.Signals, way: str) -> None:
     router = start_router(qwen=record.flags)
-    running = router.in_background("qwen", fake={"stall": True})
+    running = router.in_background("qwen", fake={"stall": True}, headers=WAYS[way])
     record.wait_for("started")
     router.terminate()
     wait_until(lambda: router.get("/v1/models/status").json()["server"]["status"] == "draining")
@@ -142,10 +144,11 @@ def test_a_stalled_reader_does_not_delay_it(start_router: StartRouter, record: R
     assert router.children() == set()
 
 
-def test_a_stalled_reader_keeps_nobody_else_waiting(start_router: StartRouter) -> None:
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_a_stalled_reader_keeps_nobody_else_waiting(start_router: StartRouter, *, by_quart: bool) -> None:
     router = start_router(qwen=["-np", "2"])
     body = json.dumps(chat_body("qwen", stream=True, fake={"tokens": 1000, "chunk_bytes": 200_000})).encode()
-    with router.start_raw(body) as connection:
+    with router.start_raw(body, by_quart=by_quart) as connection:
         assert b"200" in connection.recv(100)
         for _ in range(5):
             assert router.chat("qwen", timeout=5).status_code == 200
