@@ -111,7 +111,7 @@ def waits(peer: Peer, traffic: Traffic, seconds: float) -> list[Wait]:
         thread.start()
         threads.append(thread)
         number += 1
-        time.sleep(chance.expovariate(rate))
+        time.sleep(chance.expovariate(rate))  # arrivals; each request has a thread
     for thread in threads:
         thread.join()
     return found

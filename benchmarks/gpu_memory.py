@@ -102,7 +102,7 @@ class Meter:
         """Bytes in use on all GPUs, once they are the same for 30 ms."""
         before, since = sum(self.look()), time.monotonic()
         while time.monotonic() - since < 0.03:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)  # NVML has to be asked, it tells nobody
             if (now := sum(self.look())) != before:
                 before, since = now, time.monotonic()
         return before
@@ -136,7 +136,7 @@ class Router:
         while any(self.projected(alias)["source"] not in sources for alias in aliases):
             if time.monotonic() > give_up:
                 raise SystemExit(f"not known after {KNOWN_SECONDS:.0f} s\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.05)
+            time.sleep(0.05)  # the router has to be asked, too
 
     def load(self, alias: str) -> None:
         status, body = self.post("/v1/models/load", {"model": alias})
@@ -243,7 +243,7 @@ def _weigh(router: Router, meter: Meter, alias: str) -> tuple[float, float, floa
     router.eject(alias)
     began = time.monotonic()
     while sum(meter.look()) > base + 0.05 * loaded and time.monotonic() - began < 5:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)  # NVML has to be asked, it tells nobody
     return loaded / MIB, used / MIB, time.monotonic() - began
 
 

@@ -18,9 +18,9 @@ COMMANDS = {"--help": ["--help"], "serve --help": ["serve", "--help"]}
 def idle(report: Report, place: Place) -> None:
     """A ready model, and nobody who asks."""
     with trio_router(place) as peer:
-        time.sleep(2.0)
+        time.sleep(2.0)  # what a start leaves to do is done then
         before = usage(peer.pids)
-        time.sleep(10.0 if report.options.quick else 60.0)
+        time.sleep(10.0 if report.options.quick else 60.0)  # what is measured
         used = usage(peer.pids).since(before)
         resident = resident_bytes(peer.pids)
     share = used.cpu_seconds / used.at * 100
@@ -51,7 +51,7 @@ def start(report: Report, place: Place) -> None:
                 except ConnectionRefusedError:
                     if process.poll() is not None:
                         raise SystemExit(place.log("start").read_text()[-2000:]) from None
-                    time.sleep(0.002)
+                    time.sleep(0.002)  # nothing tells of a port that opens
             accepted = time.perf_counter() - began
             ask(target, "/health")
             answered = time.perf_counter() - began

@@ -132,7 +132,7 @@ def held_seconds(peer: Peer, case: Case) -> float:
     """How much longer one token takes after a client left."""
     quiet = one_token_seconds(peer)
     with connect(peer, case.path, case.body()):
-        time.sleep(INTO_SECONDS)
+        time.sleep(INTO_SECONDS)  # until it is in the middle of its stage
     return max(0.0, one_token_seconds(peer) - quiet)
 
 

@@ -171,7 +171,7 @@ def until_quiet(seconds: float, *, others: float = 0.15, look: float = 0.2) -> N
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
         before = usage([])
-        time.sleep(look)
+        time.sleep(look)  # the time over which others are looked at
         if usage([]).since(before).others <= others:
             return
 

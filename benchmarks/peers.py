@@ -113,7 +113,7 @@ def until_answered(target: str, path: str, body: Mapping[str, Any] | None = None
                 return
         except (OSError, http.client.HTTPException) as error:
             seen = error
-        time.sleep(0.01)
+        time.sleep(0.01)  # nothing tells of a peer that is ready
     last = log.read_text(errors="replace")[-2000:] if log is not None and log.exists() else ""
     raise SystemExit(f"{target}{path} is not ready after {READY_SECONDS:.0f} s: {seen}\n{last}")
 

@@ -83,7 +83,7 @@ class Low:
     def __enter__(self) -> Self:
         for thread in self.threads:
             thread.start()
-        time.sleep(4 * PAUSE_SECONDS)
+        time.sleep(4 * PAUSE_SECONDS)  # until low ones fill every slot
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,7 +99,7 @@ def first_tokens(peer: Peer, tries: int) -> list[float]:
     found = []
     for _ in range(tries):
         found.append(first_token_seconds(peer))
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(PAUSE_SECONDS)  # a request now and then
     return found
 
 

@@ -58,7 +58,7 @@ def connect(peer: Peer, count: int, opened: list[socket.socket]) -> list[socket.
         new.append(sock)
         opened.append(sock)
         if number % 200 == 199:
-            time.sleep(0.02)
+            time.sleep(0.02)  # the backlog is not what is measured
     return new
 
 
@@ -67,7 +67,7 @@ def settle(peer: Peer) -> None:
     quiet = 0
     for _ in range(ATTEMPTS):
         before = usage(peer.pids)
-        time.sleep(0.1)
+        time.sleep(0.1)  # the time over which it is looked at
         quiet = quiet + 1 if usage(peer.pids).since(before).cpu_seconds < 0.004 else 0
         if quiet == 3:
             return
@@ -92,7 +92,7 @@ def connections(report: Report, place: Place) -> None:
         with step(peer) as found:
             connect(peer, 1000, opened)
         before = usage(peer.pids)
-        time.sleep(3.0)
+        time.sleep(3.0)  # what is measured
         idle = usage(peer.pids).since(before)
     report.table(
         "1,000 idle connections",

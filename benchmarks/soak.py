@@ -41,7 +41,7 @@ def look(peer: Peer, since: float) -> Look:
     files = Path(f"/proc/{peer.pids[0]}/fd")
     give_up, open_files = time.monotonic() + SETTLE_SECONDS, len(list(files.iterdir()))
     while time.monotonic() < give_up:
-        time.sleep(0.25)
+        time.sleep(0.25)  # between two looks
         before, open_files = open_files, len(list(files.iterdir()))
         if before == open_files:
             break
@@ -62,7 +62,7 @@ def leave(peer: Peer) -> None:
         clients = [socket.create_connection((host, int(port))) for _ in range(20)]
         for client in clients:
             client.sendall((head + raw)[:cut])
-        time.sleep(0.2)
+        time.sleep(0.2)  # until the router has read what there is
         for client in clients:
             client.close()
 

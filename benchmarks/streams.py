@@ -43,9 +43,9 @@ def paced(report: Report, peer: Peer, streams: int, seconds: float) -> Paced:
         body={"model": MODEL, "stream": True, "mock_rate": EVENTS_PER_SECOND, "mock_chunks": int(seconds * EVENTS_PER_SECOND)},
     )  # fmt: skip
     process = load.start(report.options.cores.load)
-    time.sleep(ramp + 0.4)
+    time.sleep(ramp + 0.4)  # until all have begun
     before = usage(peer.pids)
-    time.sleep(seconds - ramp - 0.6)
+    time.sleep(seconds - ramp - 0.6)  # what is measured
     used = usage(peer.pids).since(before)
     resident = resident_bytes(peer.pids)
     result = finish(process)

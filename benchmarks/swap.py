@@ -50,7 +50,7 @@ def own_times(server: LlamaServer, model: Path, place: Place) -> Own:
                 raise SystemExit(
                     f"llama-server ended with {process.returncode}: {place.log('own').read_text()[-1000:]}"
                 )
-            time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)  # llama-server has to be asked
         ready = time.perf_counter() - began
         told = time.perf_counter()
         process.send_signal(signal.SIGTERM)

@@ -131,7 +131,7 @@ def play(target: str, requests: list[Request], gate: OneModel | None = None) -> 
     chance = random.Random(SEED)
 
     def one(request: Request) -> None:
-        time.sleep(max(0.0, began + request.at - time.perf_counter()))
+        time.sleep(max(0.0, began + request.at - time.perf_counter()))  # arrivals; each request has a thread
         sent, errors = time.perf_counter(), 0
         with gate.through(request.alias) if gate is not None else nullcontext():
             while not (answered := send(target, body(request.alias), priority=request.priority)[0] == 200):

@@ -115,7 +115,7 @@ class Line:
             stream = trio.socket.from_stdlib_socket(self._sock)
             try:
                 await stream.connect(("127.0.0.1", self.port))
-            except BaseException:
+            except BaseException:  # cancelled, too: the socket is nobody's yet
                 stream.close()
                 raise
             self._stream = trio.SocketStream(stream)

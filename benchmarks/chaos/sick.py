@@ -129,7 +129,7 @@ def be_stubborn() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if os.fork() == 0:
         while True:
-            time.sleep(1000)
+            time.sleep(1000)  # what it forked stays; a process of its own
     line = b"chaos " * 20 + b"\n"
     for _ in range(FLOOD_BYTES // len(line)):
         os.write(2, line)
@@ -157,7 +157,7 @@ def main() -> None:
 
     threading.Thread(target=end_with_it, daemon=True).start()
     while not Path(inner_path).exists():
-        time.sleep(0.01)
+        time.sleep(0.01)  # until the real one listens; a process of its own
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(64)
