@@ -170,10 +170,33 @@ class _Call:
 
 
 @attrs.define(eq=False)
-class Assembly:
-    """A chat's answer, or that to a bare prompt in OpenAI's words."""
+class OfChunks:
+    """What is put together from events that are JSON objects, of which one may tell of an error."""
 
     _events: Events = attrs.field(factory=Events)
+    _error: tuple[int, bytes] | None = None
+
+    def feed(self, piece: bytes) -> None:
+        """Take what came. Raises NotWhole."""
+        try:
+            for event in self._events.split(piece):
+                if data := data_of(event):
+                    chunk = raw(data)
+                    if "error" in chunk:
+                        self._error = error_in(data, chunk["error"])
+                    else:
+                        self._take(chunk)
+        except (msgspec.DecodeError, KeyError) as error:
+            raise NotWhole(f"the stream is not as expected ({error})") from error
+
+    def _take(self, chunk: dict[str, bytes]) -> None:
+        raise NotImplementedError
+
+
+@attrs.define(eq=False)
+class Assembly(OfChunks):
+    """A chat's answer, or that to a bare prompt in OpenAI's words."""
+
     _choices: dict[int, Choice] = attrs.field(factory=dict)
     _last: dict[str, bytes] = attrs.field(factory=dict)
     """What stands in the answer once, as it was said last."""
@@ -181,23 +204,8 @@ class Assembly:
     """At the last token, if it says so."""
     _finished: int = 0
     """The choice that was spoken of last."""
-    _error: tuple[int, bytes] | None = None
 
-    def feed(self, piece: bytes) -> None:
-        """Take what came. Raises NotWhole."""
-        try:
-            for event in self._events.split(piece):
-                self._take(data_of(event))
-        except (msgspec.DecodeError, KeyError) as error:
-            raise NotWhole(f"the stream is not as expected ({error})") from error
-
-    def _take(self, data: bytes) -> None:
-        if not data:
-            return
-        chunk = raw(data)
-        if "error" in chunk:
-            self._error = error_in(data, chunk["error"])
-            return
+    def _take(self, chunk: dict[str, bytes]) -> None:
         for found in ITEMS.decode(chunk.pop("choices")):
             self._finished = COUNT.decode(found["index"])
             self._choices.setdefault(self._finished, Choice()).take(found)

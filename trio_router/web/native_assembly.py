@@ -1,48 +1,31 @@
 """Whole answers in llama-server's own words (`/completion`, `/infill`), put together from their streams."""
 
 import attrs
-import msgspec
 
-from trio_router.web.assembly import Events, NotWhole, data_of, error_in, inside, raw, written
+from trio_router.web.assembly import NotWhole, OfChunks, inside, written
 
 STREAMED = b'"stream":true'
 """In the settings that an answer repeats; inside a string its quotes would be escaped."""
 
 
 @attrs.define(eq=False)
-class NativeAssembly:
+class NativeAssembly(OfChunks):
     """One answer, while its stream comes: the last event says it all but for what came in pieces."""
 
-    _events: Events = attrs.field(factory=Events)
     _content: list[bytes] = attrs.field(factory=list)
     _probabilities: list[bytes] = attrs.field(factory=list)
     _last: dict[str, bytes] | None = None
-    _error: tuple[int, bytes] | None = None
 
-    def feed(self, piece: bytes) -> None:
-        """Take what came. Raises NotWhole."""
-        try:
-            for event in self._events.split(piece):
-                self._take(data_of(event))
-        except (msgspec.DecodeError, KeyError) as error:
-            raise NotWhole(f"the stream is not as expected ({error})") from error
-
-    def _take(self, data: bytes) -> None:
-        if not data:
+    def _take(self, chunk: dict[str, bytes]) -> None:
+        if "prompt_progress" in chunk:
             return
-        found = raw(data)
-        if "error" in found:
-            self._error = error_in(data, found["error"])
-            return
-        if "prompt_progress" in found:
-            return
-        self._content.append(inside(found["content"]))
-        if "completion_probabilities" in found:
-            self._probabilities.append(found.pop("completion_probabilities")[1:-1])
-        if found["stop"] == b"true":
+        self._content.append(inside(chunk["content"]))
+        if "completion_probabilities" in chunk:
+            self._probabilities.append(chunk.pop("completion_probabilities")[1:-1])
+        if chunk["stop"] == b"true":
             if self._last is not None:
                 raise NotWhole("there are several answers in the stream")
-            self._last = found
+            self._last = chunk
 
     def whole(self) -> tuple[int, bytes]:
         """The status and the body of the answer whose stream came. Raises NotWhole."""
