@@ -160,7 +160,9 @@ def test_the_first_on_a_device_takes_more_than_the_second_took() -> None:
 
 
 def test_a_model_that_was_split_needs_one_driver_less_on_one_device() -> None:
-    assert needs(held(200, 180)).projected_device_bytes == (380 - 56 - 20) * MIB
+    found = needs(held(200, 180))
+    assert found.projected_device_bytes == (380 - 56 - 20) * MIB
+    assert [found.over(devices) // MIB for devices in (0, 1, 2, 3)] == [304, 304, 380, 456]
 
 
 def test_on_the_host_only_nothing_is_declared_or_measured() -> None:

@@ -230,7 +230,8 @@ class Footprints:
         if told.load is None or model.footprint is None:
             return
         took = sum(held.bytes for held in told.load.held)
-        expected = model.footprint.projected_device_bytes - (0 if told.load.alone else shared(self._driver()))
+        first = 0 if told.load.alone else shared(self._driver())
+        expected = model.footprint.over(len(told.load.held)) - first
         log.info("weighed", model=model.alias, mb=round(took / MIB), expected_mb=round(expected / MIB))
         if told.shrunk:
             return

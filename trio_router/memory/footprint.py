@@ -6,7 +6,7 @@ of thirty, f16 and q8_0 caches, one slot and eight, with flash attention and wit
 
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,7 @@ VULKAN_DRIVER_BYTES: Final = 56 * MIB
 _F32: Final = 4
 _LEAST_COMPUTE: Final = 300 * MIB
 
+_ON_EACH: Final = frozenset({"driver", "compute"})
 _BLOCK: Final = re.compile(r"blk\.(\d{1,6})\.")
 _EXPERT: Final = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch)?exps")
 _INPUT: Final = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
@@ -69,6 +70,11 @@ class Part:
     place: Place
 
 
+def on_each(parts: Iterable[Part]) -> int:
+    """Bytes of these that every device has for itself when a model is split over several."""
+    return sum(part.bytes for part in parts if part.place is Place.DEVICE and part.name in _ON_EACH)
+
+
 @attrs.frozen(kw_only=True)
 class Footprint:
     """What one model needs."""
@@ -94,6 +100,10 @@ class Footprint:
     def projected_device_bytes(self) -> int:
         """What the device is expected to show; `device_bytes`, which is reserved, has the margin besides."""
         return self._bytes(Place.DEVICE) - self._bytes(Place.DEVICE, "margin")
+
+    def over(self, devices: int) -> int:
+        """What so many devices are expected to show together, the model split over them."""
+        return self.projected_device_bytes + max(0, devices - 1) * on_each(self.parts)
 
     def _bytes(self, place: Place, name: str | None = None) -> int:
         return sum(part.bytes for part in self.parts if part.place is place and name in {None, part.name})

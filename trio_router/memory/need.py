@@ -12,7 +12,7 @@ from typing import Final
 
 from trio_router.config.flags import flag_name, last_value
 from trio_router.config.schema import ModelConfig
-from trio_router.memory.footprint import Footprint, Place
+from trio_router.memory.footprint import Footprint, on_each
 from trio_router.memory.room import Need
 from trio_router.memory.settings import DEVICE, may_shrink
 
@@ -20,8 +20,6 @@ TENSOR_SPLIT: Final = frozenset({"-ts", "--tensor-split"})
 SPLIT_MODE: Final = frozenset({"-sm", "--split-mode"})
 MAIN_GPU: Final = frozenset({"-mg", "--main-gpu"})
 PLACING: Final = DEVICE | TENSOR_SPLIT | SPLIT_MODE | MAIN_GPU
-_ON_EACH: Final = frozenset({"driver", "compute"})
-"""Parts of a footprint that every device has for itself."""
 
 
 def need_of(
@@ -30,7 +28,7 @@ def need_of(
     """What `model` takes, `factor` times what its footprint says; None if that is not known."""
     if footprint is None:
         return None
-    fixed = sum(part.bytes for part in footprint.parts if part.place is Place.DEVICE and part.name in _ON_EACH)
+    fixed = on_each(footprint.parts)
     return Need(
         device_bytes=math.ceil(footprint.device_bytes * factor),
         fixed_bytes=math.ceil(min(fixed, footprint.device_bytes) * factor),

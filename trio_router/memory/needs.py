@@ -19,7 +19,7 @@ from typing import Final
 import attrs
 
 from trio_router.config.schema import ModelConfig
-from trio_router.memory.footprint import MIB, Footprint, Part, Place, Trust, margin
+from trio_router.memory.footprint import MIB, Footprint, Part, Place, Trust, margin, on_each
 from trio_router.memory.learned import DriverFacts, Load, ModelFacts
 from trio_router.memory.projection import HOST, Projection, Share
 
@@ -92,8 +92,7 @@ def _single(load: Load, parts: Sequence[Part], driver: DriverFacts | None) -> in
     """What the load would have taken of one device, first there; None if it took none, or there is none now."""
     if not load.held or not any(part.place is Place.DEVICE for part in parts):
         return None
-    each = sum(part.bytes for part in parts if part.place is Place.DEVICE and part.name in {"driver", "compute"})
-    total = max(0, sum(held.bytes for held in load.held) - (len(load.held) - 1) * each)
+    total = max(0, sum(held.bytes for held in load.held) - (len(load.held) - 1) * on_each(parts))
     return total if load.alone else total + shared(driver)
 
 
