@@ -281,7 +281,7 @@ def budget(report: Report, meter: Meter) -> None:
             meter.forget()
         words = router.log.read_text()
         weighed = [event for event in router.events() if event.get("event") == "weighed"]
-        errors = [abs(event["mb"] - event["expected_mb"]) for event in weighed]
+        errors = [abs(sum(event["mb"]) - event["expected_mb"]) for event in weighed]
         unloads = sum(event.get("event") == "unloading" for event in router.events())
     report.table(
         f"{steps} random steps over {len(models)} models, memory for {AT_ONCE} on each of {gpus} GPU(s)",

@@ -63,6 +63,6 @@ async def test_a_machine_without_vulkan() -> None:
 
 def test_a_model_is_split_as_was_reserved() -> None:
     mib = 1024 * 1024
-    split = Spot(bytes={0: 6000 * mib, 2: 3000 * mib, RAM: 5}, devices=(0, 2))
+    split = Spot(bytes={0: 6500 * mib, 2: 3500 * mib, RAM: 5}, devices=(0, 2), shares=(6000 * mib, 3000 * mib))
     assert split_flags(split) == ["--split-mode", "layer", "--tensor-split", "6000,3000"]
     assert split_flags(Spot(bytes={0: mib}, devices=(0,))) == split_flags(Spot()) == []

@@ -67,6 +67,19 @@ async def test_one_beside_others_on_two_devices(bench: Bench) -> None:
     assert not load.alone
 
 
+async def test_a_little_on_another_device_is_no_split(bench: Bench) -> None:
+    bench.take(500, pid=99)
+    loading = bench.scales.moving()
+    before = await bench.scales.before()
+    bench.take(16)
+    bench.take(340, gpu=1)
+    load = await bench.scales.after(before, OURS)
+    loading.end()
+    assert [(held.uuid, held.bytes) for held in load.held] == [("GPU-1", 340 * MIB)]
+    assert [(held.uuid, held.bytes) for held in load.strays] == [("GPU-0", 16 * MIB)]
+    assert load.alone, "where it computes"
+
+
 async def test_two_loads_at_once_are_not_told_apart(bench: Bench) -> None:
     first = bench.scales.moving()
     before = await bench.scales.before()

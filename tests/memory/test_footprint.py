@@ -50,6 +50,21 @@ def test_what_llama_server_projected_on_a_gpu(monkeypatch, flags: str, slots: in
 @pytest.mark.parametrize(
     ("flags", "slots", "projected"),
     [
+        # The same over two H200, all layers on them.
+        ("-c 8192 -ngl 99", 4, 324),
+        ("-c 65536 -ngl 99", 8, 1632),
+    ],
+)
+def test_what_llama_server_projected_on_two_gpus(monkeypatch, flags: str, slots: int, projected: int) -> None:
+    found = estimated(monkeypatch, SMOLLM2, flags, slots=slots, driver_bytes=0)
+    assert found.over(2) / MIB == pytest.approx(projected, abs=8)
+    assert found.spread is not None
+    assert found.spread.grain / MIB == pytest.approx(28, abs=1) if slots == 4 else found.spread.grain > 48 * MIB
+
+
+@pytest.mark.parametrize(
+    ("flags", "slots", "projected"),
+    [
         # The same, of host memory, without a GPU.
         ("-c 2048 -ngl 99", 1, 152),
         ("-c 8192 -ctk q8_0 -ctv q8_0", 2, 204),

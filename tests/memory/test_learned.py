@@ -90,6 +90,44 @@ def test_a_driver_is_one_servers_on_devices_of_one_name() -> None:
     assert known.driver("another", {"GPU-1": "H100"}) is None
 
 
+def split(*mib: int) -> Load:
+    return Load(
+        held=tuple(Held(uuid=f"GPU-{at}", device="H100", bytes=size * MIB) for at, size in enumerate(mib)), alone=True
+    )
+
+
+def test_one_device_and_several_are_two_facts() -> None:
+    known = Learned()
+    known.loaded("m", "s", load(340))
+    known.loaded("m", "s", split(208, 206))
+    assert (known.model("m").load, known.model("m").split) == (load(340), split(208, 206))
+    known.used("m", split(218, 214))
+    assert known.model("m").grown == 18 * MIB
+    known.used("m", split(300, 300, 300))
+    assert known.model("m").grown == 18 * MIB, "it was begun otherwise"
+
+
+def test_what_is_said_of_one_device_stands() -> None:
+    (share,) = PROJECTION.devices
+    both = Projection(devices=(share, share))
+    known = Learned()
+    known.projected("m", "s", both)
+    assert known.model("m").projection == both
+    known.projected("m", "s", PROJECTION)
+    known.projected("m", "s", both)
+    assert known.model("m").projection == PROJECTION
+
+
+def test_the_most_that_processes_took_of_devices_of_others() -> None:
+    known = Learned()
+    for mib in (8, 16, 12):
+        stray = Held(uuid="GPU-0", device="H100", bytes=mib * MIB)
+        known.loaded("m", "s", attrs.evolve(load(340), strays=(stray,)))
+    assert known.strays("s", ("GPU-0", "GPU-1")) == {"GPU-0": 16 * MIB}
+    assert known.strays("another", ("GPU-0",)) == {}
+    assert known.driver("s", {"GPU-0": "H100"}) is None, "nobody computed there"
+
+
 @pytest.mark.parametrize("mib", [285, 200, 285 + 5000])
 def test_what_cannot_be_a_driver_is_none(mib: int) -> None:
     known = Learned()

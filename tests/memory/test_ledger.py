@@ -59,6 +59,20 @@ def test_until_a_sample_was_begun_after_it_was_ready() -> None:
     assert free(ledger, sample(16, at=5.1), 5.1) == (16, 0, 24)
 
 
+def test_what_it_takes_in_use_is_kept_for_it() -> None:
+    ledger = Ledger()
+    ledger.reserve("a", Spot(bytes={0: 6 * GIB, 1: 2 * GIB}, devices=(0, 1)), sample(24, 24, at=0), growth=GIB)
+    ledger.ready("a", 5)
+    room = ledger.room(sample(19, 22.5, at=6), None, 6)
+    assert room.free == {0: 18.25 * GIB, 1: 22.25 * GIB}
+    ledger.leaving("a")
+    assert ledger.room(sample(19, 22.5, at=6), None, 6).free == {0: 19 * GIB, 1: 22.5 * GIB}
+
+
+def test_what_strays_onto_other_gpus_is_known_of_those_there_are() -> None:
+    assert Ledger(strays={0: GIB, 7: GIB}).room(sample(24, 24, at=0), None, 0).strays == {0: GIB}
+
+
 def test_what_a_load_took_already_comes_when_it_is_ready() -> None:
     ledger = Ledger()
     ledger.reserve("a", spot(8), sample(24, at=0))

@@ -9,6 +9,7 @@ from trio_router.memory.footprint import Footprint, Part, Place, Trust
 from trio_router.memory.learned import DriverFacts, Held, Load, ModelFacts
 from trio_router.memory.needs import best, shared
 from trio_router.memory.projection import MIB, Projection, Share
+from trio_router.memory.spread import Spread
 
 MODEL = ModelConfig(alias="m", model_path="m", file=Path("m"))
 DECLARED = attrs.evolve(MODEL, vram_mb=400)
@@ -41,7 +42,8 @@ def rows(of: Footprint) -> list[tuple[str, int, str, str]]:
 
 def held(*mib: int, alone: bool = True) -> ModelFacts:
     devices = [Held(uuid=f"GPU-{number}", device="H100", bytes=size * MIB) for number, size in enumerate(mib)]
-    return ModelFacts(load=Load(held=tuple(devices), alone=alone))
+    load = Load(held=tuple(devices), alone=alone)
+    return ModelFacts(load=load) if len(mib) == 1 else ModelFacts(split=load)
 
 
 def needs(
@@ -163,6 +165,20 @@ def test_a_model_that_was_split_needs_one_driver_less_on_one_device() -> None:
     found = needs(held(200, 180))
     assert found.projected_device_bytes == (380 - 56 - 20) * MIB
     assert [found.over(devices) // MIB for devices in (0, 1, 2, 3)] == [304, 304, 380, 456]
+
+
+def test_a_split_that_was_seen_says_what_the_next_one_takes() -> None:
+    found = needs(ModelFacts(load=held(296).load, split=held(200, 190).split))
+    assert found.projected_device_bytes == 296 * MIB
+    assert [found.over(devices) // MIB for devices in (1, 2, 3)] == [296, 390, 296 - 76 + 3 * 85]
+    assert found.each_bytes == 85 * MIB  # 76 are known of
+
+
+def test_a_split_that_nobody_saw_has_copies_of_its_inputs() -> None:
+    formula = attrs.evolve(FORMULA, spread=Spread(grain=20 * MIB, copies=10 * MIB))
+    assert [needs(formula=formula).over(devices) // MIB for devices in (1, 2)] == [296, 296 + 76 + 20]
+    only = needs(held(200, 190), formula=formula)
+    assert [only.over(devices) // MIB for devices in (1, 2)] == [390 - 76 - 20, 390]
 
 
 def test_on_the_host_only_nothing_is_declared_or_measured() -> None:

@@ -2,11 +2,13 @@
 
 import math
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_router.memory.room import LAYER_SLACK, RAM, Need, Room, Shortage, Spot
+from trio_router.memory.spread import grain
 
 GIB = 1024**3
 
@@ -40,7 +42,7 @@ def test_1_without_a_gpu_only_the_host_counts() -> None:
 
 
 def test_2_flags_that_spread_it_are_only_accounted() -> None:
-    spread = need(9, fixed_bytes=GIB, shares={0: 0.75, 1: 0.25})
+    spread = need(9, fixed_bytes=GIB, grain_bytes=0, shares={0: 0.75, 1: 0.25})
     assert room(7, 3).spot(spread) == Spot(bytes={0: 7 * GIB, 1: 3 * GIB}), "each has its own fixed part"
     assert room(6, 24).spot(spread) is None
 
@@ -82,6 +84,36 @@ def test_4_each_needs_its_own_fixed_part() -> None:
     assert room(10, 10).spot(need(18)) is not None
     assert room(10, 10).spot(need(17, fixed_bytes=2 * GIB)) is not None
     assert room(10, 10).spot(need(17, fixed_bytes=4 * GIB)) is None
+
+
+def test_4_layers_are_dealt_out_and_not_cut() -> None:
+    spot = room(24, 12).spot(need(27, fixed_bytes=2 * GIB, each_bytes=3 * GIB, grain_bytes=GIB))
+    assert spot is not None
+    assert spot.shares == (25 * GIB * 20 // 28, 25 * GIB * 8 // 28)
+    assert spot.bytes == {0: spot.shares[0] + 4 * GIB, 1: spot.shares[1] + 4 * GIB}
+
+
+@given(
+    blocks=st.lists(st.integers(1, 300), min_size=1, max_size=90),
+    output=st.integers(0, 2000),
+    frees=st.lists(st.integers(0, 20_000), min_size=2, max_size=5),
+)
+def test_4_however_layers_are_dealt_out_nobody_gets_more_than_was_reserved(blocks, output, frees) -> None:
+    """As llama.cpp does it, every layer being as large as the largest: smaller ones only take less."""
+    layers = [max(blocks)] * len(blocks) + [output]
+    free = dict(enumerate(frees))
+    wanted = Need(device_bytes=sum(layers), grain_bytes=grain(blocks, output))
+    spot = Room(devices=tuple(free), free=free, most=free).spot(wanted)
+    if spot is None or len(spot.devices) < 2 or not sum(spot.shares):
+        return
+    bounds = [sum(spot.shares[: at + 1]) / sum(spot.shares) for at in range(len(spot.shares))]
+    took = dict.fromkeys(spot.devices, 0)
+    for number, size in enumerate(layers):
+        place = next(at for at, bound in enumerate(bounds) if bound > number / len(layers))
+        took[spot.devices[place]] += size
+    rounding = len(spot.devices)
+    assert all(took[device] <= spot.bytes[device] + rounding for device in spot.devices)
+    assert all(spot.bytes[device] <= free[device] for device in spot.devices)
 
 
 def test_5_one_that_may_be_made_smaller_gets_a_device_to_itself() -> None:
@@ -142,3 +174,16 @@ def test_a_spot_is_never_larger_than_what_is_free(
         assert sum(spot.device_bytes.values()) >= device_bytes
         assert set(spot.devices) == set(spot.device_bytes)
         assert allowed is None or set(spot.devices) <= set(allowed)
+
+
+def test_6_what_strays_onto_other_gpus_must_fit_too_unless_it_never_will() -> None:
+    two = attrs.evolve(room(1, 9, most=(8, 9)), strays={0: 2 * GIB})
+    assert two.spot(need(4)) is None
+    assert two.never(need(4)) is None
+    assert attrs.evolve(two, most=two.free).spot(need(4)) == Spot(bytes={0: 2 * GIB, 1: 4 * GIB}, devices=(1,))
+    assert attrs.evolve(room(3, 9), strays={0: 2 * GIB}).spot(need(4)).bytes == {0: 2 * GIB, 1: 4 * GIB}
+    assert attrs.evolve(room(3, 9), strays={0: 2 * GIB}).spot(need(2)).bytes == {0: 2 * GIB}
+    assert attrs.evolve(room(1, 9, 9, most=(8, 9, 9)), strays={0: 2 * GIB}).spot(need(12)) is None, "split, too"
+    assert attrs.evolve(room(3), strays={0: 2 * GIB}).spot(Need(host_bytes=5)) == Spot(bytes={RAM: 5}), (
+        "it is on no GPU"
+    )

@@ -118,5 +118,5 @@ def split_flags(spot: Spot) -> list[str]:
     """What has llama-server split a model as was reserved; empty when one GPU has it all."""
     if len(spot.devices) < 2:
         return []
-    parts = [str(max(1, spot.bytes.get(device, 0) // MIB)) for device in spot.devices]
+    parts = [str(max(1, share // MIB)) for share in spot.shares]
     return ["--split-mode", "layer", "--tensor-split", ",".join(parts)]

@@ -17,8 +17,9 @@ from trio_router.memory.learned import Held, Load
 from trio_router.memory.projection import MIB
 
 TOLERANCE_BYTES: Final = 4 * MIB
-LEAST_BYTES: Final = 8 * MIB
-"""A device that holds less more than before is not one that the process is on."""
+LEAST_BYTES: Final = 32 * MIB
+"""A device that holds less more than before is not one that the process computes on: on two H200, Vulkan's driver took 8
+to 16 MiB of the first for processes on the second, and 48 to 55 MiB of the one that they were on."""
 
 
 @attrs.frozen(kw_only=True)
@@ -123,7 +124,8 @@ class Scales:
 
 def load_between(before: tuple[Device, ...], after: tuple[Device, ...], pid: int) -> Load | None:
     """What process `pid` took between two looks; None if they cannot say, or others moved."""
-    held = []
+    held: list[Held] = []
+    strays: list[Held] = []
     alone = True
     was = {device.uuid: device for device in before}
     for device in after:
@@ -138,10 +140,12 @@ def load_between(before: tuple[Device, ...], after: tuple[Device, ...], pid: int
         taken = device.used_bytes - first.used_bytes
         if taken < (device.processes.get(pid) or 0) - TOLERANCE_BYTES:  # somebody unlisted gave memory back
             return None
+        if taken > 0:
+            here = Held(uuid=device.uuid, device=device.name, bytes=taken)
+            (held if taken >= LEAST_BYTES else strays).append(here)
         if taken >= LEAST_BYTES:
-            held.append(Held(uuid=device.uuid, device=device.name, bytes=taken))
             alone = alone and not others
-    return Load(held=tuple(held), alone=alone) if held else None
+    return Load(held=tuple(held), strays=tuple(strays), alone=alone) if held else None
 
 
 def _sum(sizes: Iterable[int | None]) -> int:

@@ -124,6 +124,7 @@ class Footprints:
             self._allowance = await self._in_thread(partial(driver_allowance, path))
             names = [device.name for device in self.devices.snapshot.devices]
             self._server = await self._in_thread(partial(server_print, path, names))
+            self._count_strays()
         for model in list(self.registry.models.values()):
             await self._read(model)
 
@@ -157,6 +158,11 @@ class Footprints:
     def _driver(self) -> DriverFacts | None:
         uuids = {device.uuid: device.name for device in self.devices.snapshot.devices}
         return self.learned.driver(self._server, uuids)
+
+    def _count_strays(self) -> None:
+        devices = {device.uuid: device.index for device in self.devices.snapshot.devices}
+        strays = self.learned.strays(self._server, devices)
+        self.registry.ledger.strays = {devices[uuid]: size for uuid, size in strays.items()}
 
     async def _print(self, config: ModelConfig) -> str:
         return await self._in_thread(partial(fingerprint, config, self._server))
@@ -229,10 +235,11 @@ class Footprints:
             self.learned.used(name, told.end)
         if told.load is None or model.footprint is None:
             return
-        took = sum(held.bytes for held in told.load.held)
+        took = told.load.bytes
         first = 0 if told.load.alone else shared(self._driver())
         expected = model.footprint.over(len(told.load.held)) - first
-        log.info("weighed", model=model.alias, mb=round(took / MIB), expected_mb=round(expected / MIB))
+        by_gpu = [round(held.bytes / MIB) for held in told.load.held]
+        log.info("weighed", model=model.alias, mb=by_gpu, expected_mb=round(expected / MIB))
         if told.shrunk:
             return
         said = self.learned.model(name).projection is not None
@@ -243,6 +250,7 @@ class Footprints:
 
     async def _know(self) -> None:
         """Something was learned."""
+        self._count_strays()
         for model in self.registry.models.values():
             self._apply(model)
         await self._in_thread(self.learned.save)

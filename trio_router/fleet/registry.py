@@ -533,7 +533,8 @@ class Registry:
 
     def _start(self, nursery: trio.Nursery, model: Model, spot: Spot) -> None:
         model.supervisor.spot = spot
-        self.ledger.reserve(model.alias, spot, model.seen, known=model.footprint is not None)
+        grows = 0 if model.footprint is None else model.footprint.growth_bytes
+        self.ledger.reserve(model.alias, spot, model.seen, known=model.footprint is not None, growth=grows)
         model.scope = trio.CancelScope()
         model.retiring, model.cut, model.was_ready, model.keep_seconds = None, False, False, None
         model.residency += 1

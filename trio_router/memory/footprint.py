@@ -18,12 +18,15 @@ from trio_router.memory.gguf import GgufError, GgufHeader, read_header
 from trio_router.memory.hparams import HeaderLacks, block_count, number
 from trio_router.memory.kv import cells_per_stream, layer_caches
 from trio_router.memory.settings import DRAFT, PROJECTOR, MemorySettings, draft_settings_of, settings_of
+from trio_router.memory.spread import Spread, by_block, copies, grain
 
 MIB: Final = 1024 * 1024
 CUDA_DRIVER_BYTES: Final = 400 * MIB
 """What a process costs on a device before it allocates anything, with CUDA: 300 to 500 MiB are usual."""
 VULKAN_DRIVER_BYTES: Final = 56 * MIB
 """The same with Vulkan: 48 to 55 MiB, measured on one H100."""
+MOST_GROWTH_BYTES: Final = 32 * MIB
+"""What a model that was never seen in use may take more than at its load. Seen with Vulkan: 6 to 21 MiB."""
 _F32: Final = 4
 _LEAST_COMPUTE: Final = 300 * MIB
 
@@ -71,8 +74,16 @@ class Part:
 
 
 def on_each(parts: Iterable[Part]) -> int:
-    """Bytes of these that every device has for itself when a model is split over several."""
+    """Bytes of these that every device has for itself."""
     return sum(part.bytes for part in parts if part.place is Place.DEVICE and part.name in _ON_EACH)
+
+
+@attrs.frozen
+class Split:
+    """What a model took of several devices together."""
+
+    devices: int
+    bytes: int
 
 
 @attrs.frozen(kw_only=True)
@@ -83,6 +94,10 @@ class Footprint:
     trust: Trust = Trust.FORMULA
     note: str | None = None
     """Why the formula could not be used."""
+    spread: Spread | None = None
+    """What it costs to split it over several devices; None: its header does not say."""
+    split: Split | None = None
+    """What it took when it was split over several devices; None: not known yet."""
 
     @property
     def total_bytes(self) -> int:
@@ -101,16 +116,34 @@ class Footprint:
         """What the device is expected to show; `device_bytes`, which is reserved, has the margin besides."""
         return self._bytes(Place.DEVICE) - self._bytes(Place.DEVICE, "margin")
 
+    @property
+    def growth_bytes(self) -> int:
+        """What it may take in use beyond its load: of a margin on an estimate, a little."""
+        margin = self._bytes(Place.DEVICE, "margin")
+        return margin if self.trust is Trust.MEASURED else min(margin, MOST_GROWTH_BYTES)
+
+    @property
+    def each_bytes(self) -> int:
+        """What each of several devices takes for itself: its driver, its compute buffers, copies of their inputs."""
+        each = on_each(self.parts)
+        if self.split is not None:
+            return max(each, (self.split.bytes - self.projected_device_bytes + each) // self.split.devices)
+        return each if self.spread is None else each + self.spread.copies
+
     def over(self, devices: int) -> int:
         """What so many devices are expected to show together, the model split over them."""
-        return self.projected_device_bytes + max(0, devices - 1) * on_each(self.parts)
+        if devices < 2:
+            return self.projected_device_bytes
+        if self.split is not None and self.split.devices == devices:
+            return self.split.bytes
+        return self.projected_device_bytes - on_each(self.parts) + devices * self.each_bytes
 
     def _bytes(self, place: Place, name: str | None = None) -> int:
         return sum(part.bytes for part in self.parts if part.place is place and name in {None, part.name})
 
 
 @attrs.frozen(kw_only=True)
-class _Split:
+class _Sizes:
     """Bytes by place, on their way to parts."""
 
     device: int = 0
@@ -140,7 +173,7 @@ class _Offload:
         return cls(first=max(0, blocks + 1 - layers), output=True)
 
 
-def _weights(header: GgufHeader, settings: MemorySettings, offload: _Offload) -> _Split:
+def _weights(header: GgufHeader, settings: MemorySettings, offload: _Offload) -> _Sizes:
     """Every tensor where llama-server puts it; a model without output weights has its embeddings in both places."""
     device = host = 0
     tied = not any(tensor.name.startswith("output.") for tensor in header.tensors)
@@ -154,17 +187,17 @@ def _weights(header: GgufHeader, settings: MemorySettings, offload: _Offload) ->
             on_device, on_host = offload.output, None
         device += tensor.bytes if on_device else 0
         host += tensor.bytes if on_host or not on_device else 0
-    return _Split(device=device, host=host)
+    return _Sizes(device=device, host=host)
 
 
-def _caches(header: GgufHeader, settings: MemorySettings, offload: _Offload) -> _Split:
+def _caches(header: GgufHeader, settings: MemorySettings, offload: _Offload) -> _Sizes:
     device = host = 0
     for cache in layer_caches(header, settings):
         if cache.layer >= offload.first and settings.cache_on_device:
             device += cache.bytes
         else:
             host += cache.bytes
-    return _Split(device=device, host=host)
+    return _Sizes(device=device, host=host)
 
 
 def _largest(header: GgufHeader, key: str) -> int:
@@ -204,8 +237,32 @@ def _model_parts(header: GgufHeader, settings: MemorySettings, *, gpu: bool) -> 
         held = weights.device + weights.host + caches.device + caches.host
         compute, source = max(_LEAST_COMPUTE, held // 10), "allowance"
     # A device works on large batches even for layers that are not on it.
-    buffers = _Split(device=compute if gpu else 0, host=compute if offload.first > 0 else 0)
+    buffers = _Sizes(device=compute if gpu else 0, host=compute if offload.first > 0 else 0)
     return [*weights.parts("weights", "header"), *caches.parts("cache", "formula"), *buffers.parts("compute", source)]
+
+
+def _spread(header: GgufHeader, settings: MemorySettings) -> Spread:
+    """What splitting the main model over several devices costs. Raises HeaderLacks."""
+    named = [(_BLOCK.match(tensor.name), tensor) for tensor in header.tensors]
+    caches = layer_caches(header, settings) if settings.cache_on_device else ()
+    blocks = by_block(
+        [(int(block[1]), tensor.bytes) for block, tensor in named if block] + [(one.layer, one.bytes) for one in caches]
+    )
+    outputs = [tensor.bytes for block, tensor in named if not block and not tensor.name.startswith(_INPUT)]
+    tied = not any(tensor.name.startswith("output.") for _, tensor in named)
+    inputs = [tensor.bytes for _, tensor in named if tied and tensor.name.startswith("token_embd.")]
+    whole = settings.gpu_layers is None or settings.gpu_layers > block_count(header)
+    return Spread(
+        grain=grain(blocks.values(), sum(outputs) + sum(inputs)),
+        copies=copies(
+            batch=settings.micro_batch,
+            cells=cells_per_stream(header, settings),
+            embedding=number(header, "embedding_length") or 0,
+            flash_attention=settings.flash_attention,
+        )
+        if whole and settings.cache_on_device
+        else 0,
+    )
 
 
 def _size(path: Path) -> int | None:
@@ -250,7 +307,7 @@ def margin(parts: Sequence[Part], multiplier: float) -> list[Part]:
     extra = {
         place: round(sum(part.bytes for part in parts if part.place is place) * (multiplier - 1)) for place in Place
     }
-    return _Split(device=extra[Place.DEVICE], host=extra[Place.HOST]).parts("margin", "vram_multiplier")
+    return _Sizes(device=extra[Place.DEVICE], host=extra[Place.HOST]).parts("margin", "vram_multiplier")
 
 
 def estimate(
@@ -269,13 +326,14 @@ def estimate(
     """
     settings = settings_of(model)
     on_device = gpu and last_value(model.flags, frozenset({"-dev", "--device"})) != "none"
-    note, trust = None, Trust.FORMULA
+    note, trust, spread = None, Trust.FORMULA, None
     file_bytes = _size(model.file)
     try:
         header = read_header(model.file)
         file_bytes = header.file_bytes
         parts = _model_parts(header, settings, gpu=on_device)
         if on_device:
+            spread = _spread(header, settings)
             parts.append(Part(name="driver", bytes=driver_bytes, source="allowance", place=Place.DEVICE))
     except (GgufError, HeaderLacks) as exc:
         if file_bytes is None:
@@ -283,4 +341,4 @@ def estimate(
         note, trust = str(exc), Trust.SIZE
         parts = [_whole_file("weights", file_bytes, on_device=on_device and settings.gpu_layers != 0)]
     parts += _beside(model, gpu=on_device)
-    return Footprint(parts=(*parts, *margin(parts, multiplier)), trust=trust, note=note)
+    return Footprint(parts=(*parts, *margin(parts, multiplier)), trust=trust, note=note, spread=spread)

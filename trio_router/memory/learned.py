@@ -10,7 +10,7 @@ be written is said once. Everything works without it, from scratch.
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
@@ -26,7 +26,8 @@ UNFINISHED: Final = f".{NAME}-"
 """What a file is called while it is written,"""
 UNFINISHED_SECONDS: Final = 60.0
 """and for how long at most."""
-VERSION: Final = 1
+VERSION: Final = 2
+"""1: a load on the second GPU could count as one on both."""
 MAX_BYTES: Final = 4 * 1024 * 1024
 MAX_MODELS: Final = 500
 MAX_DRIVERS: Final = 100
@@ -55,6 +56,13 @@ class Load:
     held: tuple[Held, ...]
     alone: bool
     """Whether no other process was on those devices: the first one there pays a little more."""
+    strays: tuple[Held, ...] = ()
+    """What it took of devices that it does not compute on."""
+
+    @property
+    def bytes(self) -> int:
+        """On all devices that it computes on."""
+        return sum(held.bytes for held in self.held)
 
 
 @attrs.frozen(kw_only=True)
@@ -62,7 +70,11 @@ class ModelFacts:
     """What is known of one model with its flags."""
 
     projection: Projection | None = None
+    """Of the fewest devices that it was ever said for."""
     load: Load | None = None
+    """On one device,"""
+    split: Load | None = None
+    """and on several."""
     grown: int | None = None
     """Bytes that it took more in use than at its load: buffers that its driver makes when they are needed."""
     at: float = 0.0
@@ -80,6 +92,8 @@ class DriverFacts:
     """or with others,"""
     idle: int | None = None
     """or before anything was allocated: a little less."""
+    stray: int | None = None
+    """By a process that computes on other devices."""
     at: float = 0.0
 
     @property
@@ -184,30 +198,42 @@ class Learned:
 
     def driver(self, server: str, uuids: Mapping[str, str]) -> DriverFacts | None:
         """What a process of `server` costs on the devices `uuids` (UUID -> name): the most known of any of them."""
-        known = [fact for uuid in uuids if (fact := self.facts.drivers.get(f"{uuid} {server}")) is not None]
+        seen = {key: fact for key, fact in self.facts.drivers.items() if fact.bytes is not None}
+        known = [fact for uuid in uuids if (fact := seen.get(f"{uuid} {server}")) is not None]
         if not known:  # another device of the same name
             names = set(uuids.values())
-            known = [
-                fact for key, fact in self.facts.drivers.items() if key.endswith(f" {server}") and fact.device in names
-            ]
+            known = [fact for key, fact in seen.items() if key.endswith(f" {server}") and fact.device in names]
         return max(known, key=lambda fact: (fact.source == "learned", fact.bytes or 0), default=None)
+
+    def strays(self, server: str, uuids: Iterable[str]) -> dict[str, int]:
+        """What each process of `server` takes of devices that it does not compute on, by UUID, as far as it was seen."""
+        found = {uuid: self.facts.drivers.get(f"{uuid} {server}") for uuid in uuids}
+        return {uuid: fact.stray for uuid, fact in found.items() if fact is not None and fact.stray}
 
     def projected(self, print_: str, server: str, projection: Projection) -> None:
         """llama-server said what it would take."""
+        known = self.model(print_).projection
+        if known is not None and 0 < len(known.devices) < len(projection.devices):
+            return  # the driver's part, and what one device would take, are reckoned from what is said of one
         self._put(print_, attrs.evolve(self.model(print_), projection=projection))
         self._learn_driver(print_, server)
 
     def loaded(self, print_: str, server: str, load: Load) -> None:
         """The devices showed what it took."""
-        self._put(print_, attrs.evolve(self.model(print_), load=load))
+        facts = self.model(print_)
+        self._put(print_, attrs.evolve(facts, load=load) if len(load.held) == 1 else attrs.evolve(facts, split=load))
         self._learn_driver(print_, server)
+        for held in load.strays:
+            known = self.facts.drivers.get(f"{held.uuid} {server}")
+            self._put_driver(server, held, stray=max(held.bytes, (known and known.stray) or 0))
 
     def used(self, print_: str, end: Load) -> None:
         """The devices showed what it took at its end, or near it."""
         facts = self.model(print_)
-        if facts.load is None:
+        begun = facts.load if len(end.held) == 1 else facts.split
+        if begun is None or len(begun.held) != len(end.held):
             return
-        grown = sum(held.bytes for held in end.held) - sum(held.bytes for held in facts.load.held)
+        grown = end.bytes - begun.bytes
         if grown > (facts.grown if facts.grown is not None else -1):
             self._put(print_, attrs.evolve(facts, grown=grown))
 
@@ -223,14 +249,13 @@ class Learned:
     def _put_driver(self, server: str, held: Held, **sizes: int) -> None:
         key = f"{held.uuid} {server}"
         before = self.facts.drivers.get(key, DriverFacts(device=held.device))
-        known = {"alone": before.alone, "beside": before.beside, "idle": before.idle, **sizes}
-        drivers = {**self.facts.drivers, key: DriverFacts(device=held.device, at=time.time(), **known)}
+        drivers = {**self.facts.drivers, key: attrs.evolve(before, device=held.device, at=time.time(), **sizes)}
         self.facts = attrs.evolve(self.facts, drivers=drivers)
 
     def _learn_driver(self, print_: str, server: str) -> None:
         """What was taken less what was said is the driver's own; of several devices nobody knows whose is what."""
         facts = self.model(print_)
-        if facts.load is None or facts.projection is None or len(facts.load.held) != 1:
+        if facts.load is None or facts.projection is None or len(facts.projection.devices) > 1:
             return
         (held,) = facts.load.held
         own = held.bytes - sum(share.total for share in facts.projection.devices)

@@ -3,7 +3,8 @@
 A reservation is made when it is decided that a model is loaded. What may be reserved then is what NVML showed free last,
 less `system.vram_reserve_mb`, less every reservation whose load was under way at that moment: of these nobody knows how
 much they had taken already, so all of it is counted. Once a sample was begun after a model was ready, everything it
-takes is in NVML's numbers; its reservation then only says what its leaving would free. Other programs' memory is never
+takes is in NVML's numbers, but for the little that it takes when it is first used (`Reservation.growth`); beyond that its
+reservation only says what its leaving would free. Other programs' memory is never
 free, so it counts by itself.
 
 A model that left is remembered until a sample shows its memory free, `SEEN_SECONDS` at most: drivers free it a
@@ -53,6 +54,13 @@ class Reservation:
     ready_at: float | None = None
     """Trio time since which everything is taken; None while it is loaded."""
     leaving: bool = False
+    growth: int = 0
+    """Of its bytes on GPUs, what it takes only when it is used."""
+
+    def growing(self, device: int) -> int:
+        """How much of that is on `device`."""
+        whole = sum(self.spot.device_bytes.values())
+        return self.growth * self.spot.bytes.get(device, 0) // whole if whole else 0
 
     def settled(self, seen_at: float) -> bool:
         """Whether a sample begun at `seen_at` shows all it takes."""
@@ -92,6 +100,8 @@ class Ledger:
     """Of each device, what is left to others."""
     ram_bytes: int | None = None
     """What all models together may take of the host's memory; None: a share of what is available."""
+    strays: Mapping[int, int] = attrs.field(factory=dict)
+    """What a process takes of devices that it does not compute on, by device."""
     held: dict[str, Reservation] = attrs.field(factory=dict)
     """By alias."""
     _gone: list[_Gone] = attrs.field(factory=list)
@@ -99,9 +109,9 @@ class Ledger:
 
     # --- what happens -----------------------------------------------------------------------------
 
-    def reserve(self, alias: str, spot: Spot, devices: Snapshot, *, known: bool = True) -> Reservation:
-        """The model is about to be loaded there."""
-        self.held[alias] = Reservation(spot=spot, known=known, free_before=_free(devices))
+    def reserve(self, alias: str, spot: Spot, devices: Snapshot, *, known: bool = True, growth: int = 0) -> Reservation:
+        """The model is about to be loaded there, and may take `growth` more bytes in use than it does then."""
+        self.held[alias] = Reservation(spot=spot, known=known, growth=growth, free_before=_free(devices))
         return self.held[alias]
 
     def ready(self, alias: str, now: float) -> None:
@@ -156,6 +166,7 @@ class Ledger:
             free={index: account.free for index, account in accounts.items()},
             coming={index: account.coming for index, account in accounts.items()},
             most={index: account.most for index, account in accounts.items()},
+            strays={index: size for index, size in self.strays.items() if index in accounts},
             changes_at=min((at for gone in self._gone if (at := gone.left_at + SEEN_SECONDS) > now), default=math.inf),
         )
 
@@ -190,7 +201,8 @@ class Ledger:
         expected = sum(one.bytes.get(index, 0) for one in self._gone) - believed
         loading = [one for one in self.held.values() if not one.settled(seen_at)]
         unseen = sum(one.bytes.get(index, 0) for one in self._gone if one.unseen(seen_at))
-        free = shown + believed - unseen - _on(index, loading)
+        growing = sum(one.growing(index) for one in self.held.values() if one.settled(seen_at) and not one.leaving)
+        free = shown + believed - unseen - _on(index, loading) - growing
         # what loads took so far is missing in `shown`, and counted in full besides: it comes when they are ready and seen
         stayers = [one for one in loading if not one.leaving]
         dropped = max((one.free_before.get(index, 0) for one in stayers), default=0) - (device.free_bytes or 0)

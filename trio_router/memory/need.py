@@ -28,10 +28,11 @@ def need_of(
     """What `model` takes, `factor` times what its footprint says; None if that is not known."""
     if footprint is None:
         return None
-    fixed = on_each(footprint.parts)
     return Need(
         device_bytes=math.ceil(footprint.device_bytes * factor),
-        fixed_bytes=math.ceil(min(fixed, footprint.device_bytes) * factor),
+        fixed_bytes=math.ceil(min(on_each(footprint.parts), footprint.device_bytes) * factor),
+        each_bytes=math.ceil(footprint.each_bytes * factor),
+        grain_bytes=None if footprint.spread is None else math.ceil(footprint.spread.grain * factor),
         host_bytes=math.ceil(footprint.host_bytes * factor),
         devices=model.gpu,
         shrinks=may_shrink(model.flags),

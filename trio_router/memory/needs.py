@@ -19,13 +19,12 @@ from typing import Final
 import attrs
 
 from trio_router.config.schema import ModelConfig
-from trio_router.memory.footprint import MIB, Footprint, Part, Place, Trust, margin, on_each
+from trio_router.memory.footprint import MIB, MOST_GROWTH_BYTES, Footprint, Part, Place, Split, Trust, margin, on_each
 from trio_router.memory.learned import DriverFacts, Load, ModelFacts
 from trio_router.memory.projection import HOST, Projection, Share
+from trio_router.memory.spread import Spread
 
 LLAMA_SERVER: Final = "llama-server"
-MOST_GROWTH_BYTES: Final = 32 * MIB
-"""What a model that was never seen in use may take more than at its load. Seen with Vulkan: 6 to 21 MiB."""
 LEAST_GROWTH_BYTES: Final = 8 * MIB
 """The same of one that was seen, and may have done little."""
 _OURS: Final = frozenset({"weights", "cache", "compute", "driver"})
@@ -42,7 +41,10 @@ def best(
     if driver is not None and driver.bytes is not None:
         known = Part(name="driver", bytes=driver.bytes, source=driver.source, place=Place.DEVICE)
         parts = [known if part.name == "driver" else part for part in parts]
-    if facts.load is not None and (total := _single(facts.load, parts, driver)) is not None:
+    if facts.split is not None:
+        formula = attrs.evolve(formula, split=Split(len(facts.split.held), _first(facts.split, driver)))
+    total = _weighed(facts, parts, formula.spread, driver)
+    if total is not None and any(part.place is Place.DEVICE for part in parts):
         whole = _whole(parts, total, "measured")
         return attrs.evolve(formula, parts=(*whole, _growth(whole, facts.grown, multiplier)), trust=Trust.MEASURED)
     if model.vram_mb is not None and any(part.place is Place.DEVICE for part in parts):
@@ -88,12 +90,19 @@ def _growth(parts: Sequence[Part], grown: int | None, multiplier: float) -> Part
     return Part(name="margin", bytes=min(first, MOST_GROWTH_BYTES), source="vram_multiplier", place=Place.DEVICE)
 
 
-def _single(load: Load, parts: Sequence[Part], driver: DriverFacts | None) -> int | None:
-    """What the load would have taken of one device, first there; None if it took none, or there is none now."""
-    if not load.held or not any(part.place is Place.DEVICE for part in parts):
+def _weighed(facts: ModelFacts, parts: Sequence[Part], spread: Spread | None, driver: DriverFacts | None) -> int | None:
+    """What the model would take of one device, first there; None if it was never seen."""
+    if facts.load is not None:
+        return _first(facts.load, driver)
+    if facts.split is None:
         return None
-    total = max(0, sum(held.bytes for held in load.held) - (len(load.held) - 1) * on_each(parts))
-    return total if load.alone else total + shared(driver)
+    devices, copies = len(facts.split.held), 0 if spread is None else spread.copies
+    return max(0, _first(facts.split, driver) - (devices - 1) * on_each(parts) - devices * copies)
+
+
+def _first(load: Load, driver: DriverFacts | None) -> int:
+    """What it would have taken with nobody else there."""
+    return load.bytes if load.alone else load.bytes + shared(driver)
 
 
 def shared(driver: DriverFacts | None) -> int:

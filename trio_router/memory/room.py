@@ -9,9 +9,11 @@ How a spot is found, in order:
 2. Flags that say themselves how the model is spread (`Need.shares`) are only accounted: each device must take its part.
 3. One device takes all of it if one can: of those that can, the one that has the least left over (best fit).
 4. Else it is split over as few devices as can take it, by what each has free. Each of them needs its own driver and
-   compute buffers (`Need.fixed_bytes`), and layers are not cut, so a part may be a little more than its share.
+   compute buffers (`Need.each_bytes`), and layers are not cut, so a part may be a layer more than its share.
 5. A model that is larger than all there can be, and that llama-server may make smaller (`Need.shrinks`), gets the roomiest
    device to itself.
+6. A process takes a little of devices that it is not on (`Room.strays`): that must fit too, unless it never will. A device
+   that is full for good keeps no model from the others.
 """
 
 import math
@@ -25,7 +27,7 @@ RAM: Final = -1
 NEARLY_ALL: Final = 0.95
 """Of what there can be on a device, so much free is a device to oneself."""
 LAYER_SLACK: Final = 1.05
-"""How much more than its share a device of several may get: whole layers are dealt out."""
+"""How much more than its share a device of several may get where nobody knows how large a layer is."""
 
 
 @attrs.frozen(kw_only=True)
@@ -35,7 +37,11 @@ class Need:
     device_bytes: int = 0
     """On one device, everything included."""
     fixed_bytes: int = 0
-    """Of these, what every device would need again: driver, compute buffers."""
+    """Of these, what lies on every device: driver, compute buffers."""
+    each_bytes: int = 0
+    """The same on each of several devices: a little more, for copies of what they work on."""
+    grain_bytes: int | None = None
+    """How much more than its share a device of several may get, since layers are not cut; None: not known."""
     host_bytes: int = 0
     devices: tuple[int, ...] | None = None
     """GPUs it may be on; None: any."""
@@ -53,6 +59,8 @@ class Spot:
     """By device, `RAM` included."""
     devices: tuple[int, ...] = ()
     """GPUs that its llama-server is to see, in this order; empty: all of ours, as its flags say."""
+    shares: tuple[int, ...] = ()
+    """Of several: how its layers are dealt out to them, in bytes; what each has for itself is not in it."""
 
     @property
     def device_bytes(self) -> dict[int, int]:
@@ -83,6 +91,8 @@ class Room:
     """Bytes that will be free without anybody doing anything: of models that leave, or have left a moment ago."""
     most: Mapping[int, int] = attrs.field(factory=dict)
     """Bytes there would be with every model gone that may go."""
+    strays: Mapping[int, int] = attrs.field(factory=dict)
+    """Bytes that a model takes of each device that it is not on."""
     changes_at: float = math.inf
     """Trio time at which this is another even if nothing happens."""
 
@@ -124,10 +134,19 @@ class Room:
     def _place(self, need: Need | None, free: Mapping[int, int]) -> Spot | None:
         if need is None:
             return Spot()
-        spot = self._whole(need, free)
-        if spot is None and need.shrinks and need.shares is None and self._whole(need, self.most) is None:
-            return self._shrunk(need, free)  # 5
-        return spot
+        spot = self._whole(need, free, self.strays)
+        if spot is not None or self._whole(need, self.most, self.strays) is not None:
+            return self._strayed(spot)
+        spot = self._whole(need, free, {})  # 6
+        if spot is None and need.shrinks and need.shares is None and self._whole(need, self.most, {}) is None:
+            spot = self._shrunk(need, free)  # 5
+        return self._strayed(spot)
+
+    def _strayed(self, spot: Spot | None) -> Spot | None:
+        """With what it takes elsewhere besides."""
+        if spot is None or not spot.devices or self.strays.keys() <= spot.bytes.keys():
+            return spot
+        return attrs.evolve(spot, bytes={**self.strays, **spot.bytes})
 
     def _shrunk(self, need: Need, free: Mapping[int, int]) -> Spot | None:
         told = [device for device in self._allowed(need) if device in self.devices and self.most.get(device, 0) > 0]
@@ -139,7 +158,7 @@ class Room:
         host = {RAM: need.host_bytes} if need.host_bytes else {}
         return Spot(bytes={device: min(free[device], self.most[device]), **host}, devices=(device,))
 
-    def _whole(self, need: Need, free: Mapping[int, int]) -> Spot | None:
+    def _whole(self, need: Need, free: Mapping[int, int], strays: Mapping[int, int]) -> Spot | None:
         if need.host_bytes > free.get(RAM, need.host_bytes):
             return None  # 1
         host = {RAM: need.host_bytes} if need.host_bytes else {}
@@ -148,32 +167,44 @@ class Room:
             return Spot(bytes=host)
         if need.shares is not None:
             return _spread(need, need.shares, free, host)  # 2
+        full = {device for device, size in strays.items() if size > free.get(device, math.inf)}
         fitting = [device for device in devices if need.device_bytes <= free.get(device, math.inf)]
         if fitting:
+            fitting = [device for device in fitting if full <= {device}]
+            if not fitting:
+                return None
             best = min(fitting, key=lambda device: (free.get(device, math.inf), device))
             return Spot(bytes={best: need.device_bytes, **host}, devices=(best,))  # 3
-        return _split(need, devices, free, host)  # 4
+        spot = _split(need, devices, free, host)  # 4
+        return spot if spot is not None and full <= set(spot.devices) else None
 
 
 def _spread(need: Need, shares: Mapping[int, float], free: Mapping[int, int], host: Mapping[int, int]) -> Spot | None:
-    rest = max(0, need.device_bytes - need.fixed_bytes)
-    parts = {device: math.ceil(rest * share) + need.fixed_bytes for device, share in shares.items()}
+    rest, each = _dealt(need) if len(shares) > 1 else (need.device_bytes, 0)
+    parts = {device: math.ceil(rest * share) + each for device, share in shares.items()}
     if any(size > free.get(device, math.inf) for device, size in parts.items()):
         return None
     return Spot(bytes={**parts, **host})
 
 
 def _split(need: Need, devices: Sequence[int], free: Mapping[int, int], host: Mapping[int, int]) -> Spot | None:
-    rest = math.ceil(max(0, need.device_bytes - need.fixed_bytes) * LAYER_SLACK)
-    usable = {device: free[device] - need.fixed_bytes for device in devices if device in free}
+    rest, each = _dealt(need)
+    usable = {device: free[device] - each for device in devices if device in free}
     roomiest = sorted((device for device in usable if usable[device] > 0), key=lambda device: -usable[device])
     for count in range(2, len(roomiest) + 1):
         chosen = sorted(roomiest[:count])
         room = sum(usable[device] for device in chosen)
         if rest <= room:
-            parts = {device: rest * usable[device] // room + need.fixed_bytes for device in chosen}
-            return Spot(bytes={**parts, **host}, devices=tuple(chosen))
+            shares = [rest * usable[device] // room for device in chosen]
+            parts = {device: share + each for device, share in zip(chosen, shares, strict=True)}
+            return Spot(bytes={**parts, **host}, devices=tuple(chosen), shares=tuple(shares))
     return None
+
+
+def _dealt(need: Need) -> tuple[int, int]:
+    """What is dealt out to several devices, and what each takes besides, at most."""
+    rest, each = max(0, need.device_bytes - need.fixed_bytes), max(need.fixed_bytes, need.each_bytes)
+    return (math.ceil(rest * LAYER_SLACK), each) if need.grain_bytes is None else (rest, each + need.grain_bytes)
 
 
 def _sum(first: Mapping[int, int], *others: Mapping[int, int]) -> dict[int, int]:
