@@ -19,6 +19,12 @@ def test_else_it_is_asked_what_it_chose(flags: str) -> None:
     assert fit_environment(flags.split(), gpu=False) == {}
 
 
+def test_where_every_gpu_is_hidden_the_context_is_all_that_can_be_said() -> None:
+    assert fit_environment(["-c", "512"], gpu=False, hidden=True) == OFF
+    assert fit_environment(["-c", "512", "--fit", "on"], gpu=False, hidden=True) == {}
+    assert fit_environment(["-np", "2"], gpu=False, hidden=True) == {}
+
+
 @pytest.mark.parametrize(
     "flags", ["-c 512 -ngl 99 --fit on", "-c 512 -ngl 9 -fit off", "-c 512 -lv 2", "--log-disable"]
 )

@@ -33,13 +33,13 @@ def test_check_asks_llama_server_once(
     assert fact["projection"]["devices"] == []
 
 
-@pytest.mark.parametrize(("flags", "fits"), [(["-ngl", "99"], False), ([], True)])
+@pytest.mark.parametrize(("gpus", "flags", "fits"), [([0], ["-ngl", "99"], False), ([0], [], True), ([], [], False)])
 def test_llama_server_fits_only_what_is_not_said(
-    start_router: StartRouter, real_llama: Path, smollm2: Path, flags: list[str], fits: bool
+    start_router: StartRouter, real_llama: Path, smollm2: Path, gpus: list[int], flags: list[str], fits: bool
 ) -> None:
     router = start_router(
         models={"m": {"model_path": smollm2, "flags": ["-c", "512", "-t", "1", "-lv", "4", *flags]}},
-        system={"llama_server_path": real_llama},
+        system={"llama_server_path": real_llama, "gpu_devices": gpus},
     )
     router.post("/v1/models/load", {"model": "m"})
     lines = router.get("/v1/models/m/logs?lines=1000").text

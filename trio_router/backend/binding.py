@@ -66,11 +66,16 @@ class Binding:
     vulkan: Mapping[int, int] = attrs.field(factory=dict)
     """Vulkan's number of each GPU that it knows, by NVML's index."""
 
+    @property
+    def hides_all(self) -> bool:
+        """Whether llama-servers are shown no GPU at all."""
+        return self.devices is not None and not self.devices.gpu_devices
+
     def environment(self, chosen: Sequence[int] = ()) -> dict[str, str]:
         """What shows the `chosen` GPUs, in that order, and no others; all of `system.gpu_devices` if none is."""
         if self.devices is None:
             return {}
-        if not self.devices.gpu_devices:
+        if self.hides_all:
             return dict(NONE)
         uuids = {device.index: device.uuid for device in self.devices.snapshot.devices}
         shown = [index for index in chosen if index in uuids] or list(uuids)

@@ -67,7 +67,7 @@ class Launcher:
                 case BackendTransport.TCP:
                     address = tcp_address()
             environment = child_environment(os.environ, self.server.environment, address.key)
-            environment |= fit_environment(model.flags, gpu=self.gpu())
+            environment |= fit_environment(model.flags, gpu=self.gpu(), hidden=self.binding.hides_all)
             environment |= self.binding.environment(spot.devices or model.gpu or ())
             command = [*self.command(model, address), *split_flags(spot)]
             return ServerProcess.spawn(command, environment, self.reaper), address

@@ -39,8 +39,10 @@ DRAFT: Final = frozenset({"-md", "--model-draft", "--spec-draft-model"})
 FIT: Final = frozenset({"-fit", "--fit"})
 
 
-def says_all(flags: Sequence[str]) -> bool:
-    """Whether context and layers are both said, so that nothing is left to llama-server's `--fit`."""
+def says_all(flags: Sequence[str], *, gpu: bool = True) -> bool:
+    """Whether context and, where there may be a `gpu`, layers are said, so that nothing is left to llama-server's `--fit`."""
+    if not gpu:
+        return last_value(flags, CONTEXT) is not None
     layers = last_value(flags, GPU_LAYERS)
     return last_value(flags, CONTEXT) is not None and layers is not None and layers != "auto" and layers[:1] != "-"
 
