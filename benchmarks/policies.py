@@ -7,6 +7,7 @@ times a load. `short turns`, `long turns`: once, sixteen times. Nothing is start
 """
 
 import random
+import sys
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -19,6 +20,7 @@ from trio_router.config.schema import ApiConfig, ModelConfig, RouterConfig, Syst
 from trio_router.simulation.report import as_numbers
 from trio_router.simulation.run import simulate
 from trio_router.simulation.supervisor import LoadTimes
+from trio_router.telemetry.logs import configure_logs
 from trio_router.telemetry.trace import TracedRequest
 
 SEED = 17
@@ -162,6 +164,7 @@ def million(report: Report) -> None:
 
 
 def run(report: Report) -> None:
+    configure_logs("text", "error", sys.stderr)  # of each model's every step, else
     parts = {"compared": compared, "million": million}
     for name in report.options.only or ("compared",):
         parts[name](report)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.fleet.conftest import _quiet as quiet  # noqa: F401  (a fixture)
 from trio_router.memory.devices import Device, DeviceStatus, Snapshot
-from trio_router.memory.ledger import SEEN_SECONDS, Ledger
+from trio_router.memory.ledger import SEEN_SECONDS, Ledger, Reservation
 from trio_router.memory.room import RAM, Need, Room, Spot
 
 GIB = 1024**3
@@ -230,6 +230,7 @@ def test_nobody_bounds_the_hosts_memory() -> None:
 # --- whatever happens ---------------------------------------------------------------------------------
 
 TOTAL = 24 * GIB
+STRAY = GIB // 4
 RESERVE = GIB // 2
 ALIASES = tuple("abcdef")
 gigabytes = st.integers(0, 48).map(lambda half: half * GIB // 2)
@@ -239,14 +240,20 @@ gigabytes = st.integers(0, 48).map(lambda half: half * GIB // 2)
 class Server:
     """What a model's llama-server really holds."""
 
-    spot: Spot
+    reserved: Reservation
     share: float = 0.0
-    """Of what it will hold in the end."""
+    """Of what it will hold when it is ready."""
     ready: bool = False
+    used: bool = False
     left_at: float = math.nan
 
+    @property
+    def spot(self) -> Spot:
+        return self.reserved.spot
+
     def on(self, index: int) -> int:
-        return int(self.spot.bytes.get(index, 0) * self.share)
+        later = self.reserved.growing(index)
+        return int((self.spot.bytes.get(index, 0) - later) * self.share) + (later if self.used else 0)
 
 
 class Machine(RuleBasedStateMachine):
@@ -255,7 +262,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.ledger = Ledger(reserve_bytes=RESERVE, ram_bytes=TOTAL)
+        self.ledger = Ledger(reserve_bytes=RESERVE, ram_bytes=TOTAL, strays={0: STRAY})
         self.foreign = [0, 0]
         self.servers: dict[str, Server] = {}
         self.vanishing: list[Server] = []
@@ -283,8 +290,14 @@ class Machine(RuleBasedStateMachine):
     def others(self, index: int, size: int) -> None:
         self.foreign[index] = size
 
-    @rule(alias=st.sampled_from(ALIASES), size=gigabytes, fixed=st.integers(0, GIB), host=gigabytes)
-    def load(self, alias: str, size: int, fixed: int, host: int) -> None:
+    @rule(
+        alias=st.sampled_from(ALIASES),
+        size=gigabytes,
+        fixed=st.integers(0, GIB),
+        host=gigabytes,
+        grows=st.floats(0, 0.3),
+    )
+    def load(self, alias: str, size: int, fixed: int, host: int, grows: float) -> None:
         if alias in self.servers:
             return
         need = Need(device_bytes=size, fixed_bytes=min(fixed, size), host_bytes=host)
@@ -293,9 +306,10 @@ class Machine(RuleBasedStateMachine):
         if found is None:
             return
         assert room.never(need) is None
-        self.ledger.reserve(alias, found, self.seen)
-        self.servers[alias] = Server(found)
+        self.servers[alias] = Server(self.ledger.reserve(alias, found, self.seen, growth=int(size * grows)))
         for index in found.device_bytes:
+            if index not in found.devices and room.most[index] < STRAY:
+                continue  # nothing would ever make room for what strays there
             # whatever has still to be taken is, and nothing of ours is where memory was short
             promised = sum(server.spot.bytes.get(index, 0) for server in self.servers.values())
             still_there = sum(server.on(index) for server in self.vanishing)
@@ -318,9 +332,14 @@ class Machine(RuleBasedStateMachine):
             self.ledger.ready(alias, self.now)
 
     @rule(data=st.data())
+    def is_used(self, data: st.DataObject) -> None:
+        if (alias := self._some(data, ready=True)) is not None:
+            self.servers[alias].used = True
+
+    @rule(data=st.data())
     def crashes(self, data: st.DataObject) -> None:
         if (alias := self._some(data)) is not None:
-            self.servers[alias].share, self.servers[alias].ready = 0.0, False
+            self.servers[alias].share, self.servers[alias].ready, self.servers[alias].used = 0.0, False, False
             self.ledger.reloading(alias, self.seen)
 
     @rule(data=st.data())
@@ -352,8 +371,10 @@ class Machine(RuleBasedStateMachine):
         self.wait(1.0)
         room = self.room()
         for index in (0, 1):
-            leaving = sum(one.spot.bytes.get(index, 0) for one in self.ledger.held.values() if one.leaving)
-            assert (room.free[index], room.coming[index]) == (self.shown(index) - RESERVE, leaving)
+            held = self.ledger.held.values()
+            leaving = sum(one.spot.bytes.get(index, 0) for one in held if one.leaving)
+            growing = sum(one.growing(index) for one in held if not one.leaving)
+            assert (room.free[index], room.coming[index]) == (self.shown(index) - RESERVE - growing, leaving)
         assert room.changes_at == math.inf
 
     @invariant()
