@@ -7,6 +7,7 @@ of thirty, f16 and q8_0 caches, one slot and eight, with flash attention and wit
 import enum
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -333,7 +334,8 @@ def estimate(
         file_bytes = header.file_bytes
         parts = _model_parts(header, settings, gpu=on_device)
         if on_device:
-            spread = _spread(header, settings)
+            with suppress(HeaderLacks):  # then nobody knows what a split costs
+                spread = _spread(header, settings)
             parts.append(Part(name="driver", bytes=driver_bytes, source="allowance", place=Place.DEVICE))
     except (GgufError, HeaderLacks) as exc:
         if file_bytes is None:
