@@ -6,8 +6,7 @@ again at each command, when demand for a model without a backend appears or vani
 when those who waited for one were refused, when a model becomes idle while another waits for room, when a model
 has left memory, and when an idle timeout may have passed. A request to a ready model touches none of this.
 
-*Resource handling.* Every resident model is a task in `run`'s nursery; cancelling `run` cancels them, side by side,
-and each ends its llama-server.
+*Resource handling.* Every model in memory is a task in `run`'s nursery (`fleet.residents`).
 
 *Error handling.* A model that fails is a fact, kept with the model. An exception here is a bug and ends the tree.
 """
@@ -24,11 +23,10 @@ import trio
 
 from trio_router.backend.backend import Backend
 from trio_router.backend.launch import Launcher
-from trio_router.backend.lifecycle import Move, State
+from trio_router.backend.lifecycle import State
 from trio_router.backend.supervisor import Supervisor, SupervisorSettings, new_journal
 from trio_router.config.schema import ModelConfig, RouterConfig
 from trio_router.errors import (
-    BackendUnavailable,
     DeadlineExceeded,
     DeadlineUnreachable,
     QueueFull,
@@ -45,14 +43,15 @@ from trio_router.fleet.planner import decided, place_in, plan_for
 from trio_router.fleet.refusal import no_room
 from trio_router.fleet.reload import Changes
 from trio_router.fleet.replicas import events_of, say_whether_they_grow, wish_for
+from trio_router.fleet.residents import Residents
 from trio_router.fleet.scheduler import Lease, Scheduler
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.fleet.turns import TurnRules
 from trio_router.memory.devices import UNKNOWN, DeviceMonitor
 from trio_router.memory.host import HostMemory, has_unseen_gpu
 from trio_router.memory.ledger import MIB, Ledger
-from trio_router.memory.room import Room, Shortage, Spot
-from trio_router.telemetry.events import Events, Reloaded, RequestFinished, ServerChanged, Unloaded, UnloadReason
+from trio_router.memory.room import Room, Shortage
+from trio_router.telemetry.events import Events, Reloaded, RequestFinished, ServerChanged, UnloadReason
 from trio_router.telemetry.facts import FleetFacts
 
 log = structlog.get_logger("trio_router.fleet")
@@ -415,6 +414,7 @@ class Registry:
         async with trio.open_nursery() as nursery:
             task_status.started()
             self.look()
+            residents = Residents(nursery=nursery, ledger=self.ledger, events=self.events, left=self._left)
             again = math.inf
             while True:
                 mail: _Look | _Eject | _Renew = _Look()
@@ -422,17 +422,17 @@ class Registry:
                     mail = await self._inbox.receive()
                 match mail:
                     case _Eject():
-                        self._retire(
-                            nursery, mail.model, UnloadReason.EJECTED, cut=mail.force, drain_seconds=mail.drain_seconds
+                        residents.retire(
+                            mail.model, UnloadReason.EJECTED, cut=mail.force, drain_seconds=mail.drain_seconds
                         )
                     case _Renew(model=model):
                         # one that is on its way out already leaves as it would have, and does not come back by itself
                         model.back = model.back or (model.retiring is None and model not in self.leaving)
                         drain_seconds = self.config.system.drain_timeout_sec
-                        self._retire(nursery, model, UnloadReason.RELOADED, cut=False, drain_seconds=drain_seconds)
+                        residents.retire(model, UnloadReason.RELOADED, drain_seconds=drain_seconds)
                     case _Look():
                         self._look_posted = False
-                again = self._do(nursery, self._decide())
+                again = self._do(residents, self._decide())
 
     def _sampled(self) -> None:
         """The GPUs were looked at."""
@@ -487,14 +487,14 @@ class Registry:
         replicas = [replica for model in self.models.values() for replica in model.replicas]
         return [*self.models.values(), *replicas, *self.leaving]
 
-    def _do(self, nursery: trio.Nursery, decision: Decision) -> float:
+    def _do(self, residents: Residents, decision: Decision) -> float:
         models = {model.alias: model for model in self.everyone()}
         if decision.actions or decision.yielding:
             self.decisions.extend(decided(self, decision))
         for action in decision.actions:
             match action:
                 case Start(spot=spot):
-                    self._start(nursery, models[action.alias], spot)
+                    residents.start(models[action.alias], spot)
                 case Refuse(shortage=shortage):
                     self._refuse(models[action.alias], shortage)
                 case Retire():
@@ -503,7 +503,7 @@ class Registry:
                     model.heir, model.behind = action.heir, action.behind
                     if action.heir is not None:
                         models[action.heir].relief.crowded = False
-                    self._retire(nursery, model, action.reason, cut=False, drain_seconds=math.inf)
+                    residents.retire(model, action.reason)
         self._have_yield(decision)
         return decision.look_again_at
 
@@ -531,69 +531,11 @@ class Registry:
         if self.devices is not None:
             self.devices.look_closely(decision.memory_waits)
 
-    def _start(self, nursery: trio.Nursery, model: Model, spot: Spot) -> None:
-        model.supervisor.spot = spot
-        grows = 0 if model.footprint is None else model.footprint.growth_bytes
-        self.ledger.reserve(model.alias, spot, model.seen, known=model.footprint is not None, growth=grows)
-        model.scope = trio.CancelScope()
-        model.retiring, model.cut, model.was_ready, model.keep_seconds = None, False, False, None
-        model.residency += 1
-        model.heir = model.behind = model.told_at = None
-        model.supervisor.move(Move.SPAWN)  # from here on it is resident: the next decision must see it
-        nursery.start_soon(self._reside, model, model.scope, name=f"supervisor[{model.alias}]")
-
-    async def _reside(self, model: Model, scope: trio.CancelScope) -> None:
-        """A model's time in memory, from its start until its llama-server is gone."""
-        try:
-            with scope:
-                await model.supervisor.run()
-        finally:
-            reason = model.retiring
-            failed = model.gone() or model.state is State.FAILED
-            if reason is None:
-                reason = UnloadReason.FAILED if failed else UnloadReason.SHUTDOWN
-            model.scope = model.retiring = None
-            self.ledger.left(model.alias, model.seen, trio.current_time())
-            if model in self.leaving:
-                self.leaving.remove(model)
-            model.renew()
-            stopped = None if model.told_at is None else trio.current_time() - model.told_at
-            self.events.emit(Unloaded(alias=model.alias, reason=reason, seconds=stopped))
-            model.settle()
-            self.look()
-
-    def _retire(
-        self, nursery: trio.Nursery, model: Model, reason: UnloadReason, *, cut: bool, drain_seconds: float
-    ) -> None:
-        """Begin to unload a model; one that is on its way out already is only hurried if `cut`."""
-        if not model.state.resident or model.scope is None:
-            model.settle()
-            return
-        if model.retiring is None:
-            model.retiring = reason
-            self.ledger.leaving(model.alias)
-            if reason is UnloadReason.EJECTED:
-                model.refuse_askers(BackendUnavailable(f"model {model.alias!r} was ejected", param="model"))
-            model.scheduler.close()
-            if model.state is not State.STOPPING:
-                model.supervisor.move(Move.STOP)
-            nursery.start_soon(self._drain, model, model.scope, drain_seconds)
-        if cut and not model.cut:
-            model.cut = True
-            self._cut(model, model.scope)
-
-    async def _drain(self, model: Model, scope: trio.CancelScope, seconds: float) -> None:
-        with trio.move_on_after(seconds):
-            await model.scheduler.until_no_lease()
-        self._cut(model, scope)
-
-    def _cut(self, model: Model, scope: trio.CancelScope) -> None:
-        if model.scope is not scope:  # it left by itself while it drained, and may be back already
-            return
-        if model.supervisor.backend is not None:
-            model.supervisor.backend.lose("it was unloaded", wanted=True)
-        model.told_at = trio.current_time()
-        scope.cancel()
+    def _left(self, model: Model) -> None:
+        """Its llama-server is gone."""
+        if model in self.leaving:
+            self.leaving.remove(model)
+        self.look()
 
     # --- the end ----------------------------------------------------------------------------------
 
