@@ -2,8 +2,9 @@
 
 A real llama-server with two slots computes for a stream all along. In its other slot a long request is begun and left;
 then one for a single token is sent: what it takes longer than in a slot that was free is what the one that left still
-held. The same with `stop_at_once = false`, when every request goes to llama-server as it came. Of a message (`/v1/messages`)
-llama-server says nothing in the middle of its prompt, so there is no bar for that. Takes some 12 minutes, `--quick` 7.
+held. The same with `stop_at_once = false`, when every request goes to llama-server as it came, and in the prompt where
+nothing is computed beside. Of a message (`/v1/messages`) llama-server says nothing in the middle of its prompt, so there
+is no bar for that. Takes some 14 minutes, `--quick` 8.
 """
 
 import itertools
@@ -27,6 +28,7 @@ from trio_router.config import LlamaServer
 MODEL: Final = "smollm2"
 BATCH: Final = 16
 FLAGS: Final = ["-t", "1", "-np", "2", "-c", "8192", "-b", str(BATCH), "-ub", str(BATCH), "--no-webui"]
+ONE_SLOT: Final = ["-np", "1", "-c", "4096"]
 CHAT: Final = "/v1/chat/completions"
 RESPONSES: Final = "/v1/responses"
 MESSAGES: Final = "/v1/messages"
@@ -143,6 +145,23 @@ def batch_seconds(peer: Peer) -> float:
     return float(json.loads(answer)["timings"]["prompt_per_token_ms"]) / 1e3 * BATCH
 
 
+def alone(report: Report, server: LlamaServer, model: Path) -> dict[Case, float]:
+    """Each case's median in the prompt, with one slot and nobody beside."""
+    models = {MODEL: {"model_path": model, "flags": [*FLAGS, *ONE_SLOT]}}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    times = 1 if report.options.quick else 3
+    with (
+        a_place(None) as place,
+        trio_router(place, models=models, system={"llama_server_path": server.path}, body=body) as peer,
+    ):
+        until_quiet(report.options.patience_seconds)
+        return {
+            case: median(held_seconds(peer, case) for _ in range(times)) or 0.0
+            for case in CASES
+            if case.stage == "prompt"
+        }
+
+
 def measured(report: Report, server: LlamaServer, model: Path, *, at_once: bool) -> tuple[dict[Case, float], float]:
     """Each case's median, and what a batch takes."""
     found: dict[Case, float] = {}
@@ -170,6 +189,10 @@ def run(report: Report) -> None:
     report.table(
         "seconds for which a slot is held after its client left",
         [{"what": str(case), "default": at_once[case], "stop_at_once = false": as_it_came[case]} for case in CASES],
+    )
+    report.table(
+        "the same in the prompt, with one slot and nothing beside",
+        [{"what": str(case), "default": seconds} for case, seconds in alone(report, server, model).items()],
     )
     report.note(
         f"a batch of {BATCH} tokens of a prompt takes {batch:.2f} s on the one core that a stream computes on too; "
