@@ -110,6 +110,13 @@ class HeadRefused(RouterError):
         self.status = status
 
 
+class TooManyHeaders(InvalidRequest):
+    """Raised when a request has more headers than llama-server takes."""
+
+    status = 431
+    code = "bad_request"
+
+
 class InvalidJSON(InvalidRequest):
     """Raised when a body is not a JSON object."""
 

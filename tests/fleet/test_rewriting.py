@@ -94,6 +94,13 @@ def test_the_longest_answer(asked: Any, then: Any) -> None:
     assert rewritten(asked, max_output_tokens=100) == then
 
 
+@pytest.mark.parametrize("number", [b"1e400", b"-1e400", b"9" * 400, b"-" + b"9" * 400])
+def test_a_number_beyond_all_others_is_no_bound(number: bytes) -> None:
+    rewriting = Rewriting.of(Policy(max_output_tokens=100))
+    assert rewriting is not None
+    assert json.loads(rewriting.apply(CHAT, b'{"max_tokens":%b}' % number))["max_tokens"] == 100
+
+
 def test_each_endpoint_names_it_its_own_way() -> None:
     for path, name in LENGTHS.items():
         assert rewritten({}, path, max_output_tokens=9) == {name: 9}

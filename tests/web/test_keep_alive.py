@@ -21,7 +21,22 @@ def test_times(written, seconds):
 
 @pytest.mark.parametrize(
     "written",
-    ['""', '"5 m"', '"m"', '"5d"', '"forever"', "true", "[]", "{}", "1e99", '"999999999999h"', '"1m-1s"', '"\u0665m"'],
+    [
+        '""',
+        '"5 m"',
+        '"m"',
+        '"5d"',
+        '"forever"',
+        "true",
+        "[]",
+        "{}",
+        "1e99",
+        "1e400",
+        "-1e400",
+        '"999999999999h"',
+        '"1m-1s"',
+        '"\u0665m"',
+    ],
 )
 def test_no_times(written):
     raw = msgspec.json.decode(f"[{written}]", type=list[msgspec.Raw])[0]

@@ -67,6 +67,17 @@ async def test_a_slash_at_the_end_makes_no_difference(sockets, method, path, sam
         assert len(one.body) == pytest.approx(len(other.body), abs=8)  # but for clocks
 
 
+@pytest.mark.parametrize(
+    "target", ["http://evil.example", "http://localhost@evil.example", "http://", "http://localhost:x"]
+)
+async def test_a_host_in_the_target_counts(sockets, target):
+    async with open_site(sockets, Server()) as site:
+        for method, path in (("GET", "/v1/models"), ("POST", CHAT)):
+            reply = await site.ask(method, target + path, [], BODY if method == "POST" else b"")
+            assert reply.code == (403, "host_not_allowed")
+        assert (await site.ask("GET", "http://localhost:8080/v1/models", [("Host", "evil.example")])).status == 200
+
+
 async def test_an_old_client_is_answered_without_chunks(sockets):
     async with open_site(sockets, Server()) as site, site.client() as client:
         head = b"POST %s HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(BODY))

@@ -76,6 +76,9 @@ async def test_the_same_answer(sockets, name):
         ([("Content-Encoding", "gzip")], BODY, CHAT),
         ([("Host", "evil.example")], BODY, CHAT),
         ([("Origin", "https://evil.example")], BODY, CHAT),
+        ([(f"X-{number}", "y") for number in range(200)], BODY, CHAT),
+        ([], b'{"model":"qwen","keep_alive":1e400}', CHAT),
+        ([], b'{"model":"qwen","keep_alive":' + b"9" * 400 + b"}", CHAT),
     ],
 )
 async def test_the_same_refusal(sockets, headers, body, target):

@@ -112,6 +112,15 @@ def _inside(value: Raw | None) -> Tree | None:
     return inside
 
 
+def number_of(value: Raw) -> int | float | None:
+    """The number that a field says; None: it says none, or one beyond all that can be told."""
+    try:
+        number = msgspec.json.decode(value)
+    except msgspec.ValidationError:
+        return None
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else None
+
+
 def _bound(parameters: Tree, length: str, most: int) -> None:
     """No length above `most` is asked for, and one is."""
     asked = []
@@ -119,9 +128,9 @@ def _bound(parameters: Tree, length: str, most: int) -> None:
         value = parameters.get(name)
         if value is None or bytes(value) == NULL:
             continue
-        number = msgspec.json.decode(value)
+        number = number_of(value)
         # what is no number, or less than 0, is no bound to llama-server
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= most:
+        if number is None or not 0 <= number <= most:
             number = most
             parameters[name] = Raw(_encode(most))
         asked.append(number)

@@ -51,7 +51,7 @@ from trio_router.web.waiting_streams import WaitingStreams
 
 log = structlog.get_logger("trio_router.web")
 
-ABSOLUTE = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://[^/]*")
+ABSOLUTE = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://([^/]*)")
 SLASH_COUNTS = (b"/ui/", b"/upstream/")
 """Below these, a path with a slash at its end is another one than that without."""
 
@@ -70,8 +70,15 @@ class Connection(TrioASGIHTTPConnection):
     """
 
     def __init__(self, app: Quart, scope: HTTPScope) -> None:
-        path = origin_form(scope["raw_path"])
-        super().__init__(app, {**scope, "raw_path": path, "path": unquote(path.decode("ascii"))})
+        raw = scope["raw_path"]
+        path = origin_form(raw)
+        scope = {**scope, "raw_path": path, "path": unquote(path.decode("ascii"))}
+        if (
+            named := ABSOLUTE.match(raw)
+        ) is not None:  # a host in the target counts, and `Host` does not (RFC 9112, 3.2.2)
+            others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+            scope["headers"] = [*others, (b"host", named[1])]
+        super().__init__(app, scope)
         self._ending = False
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 import msgspec
 
-from trio_router.fleet.rewriting import ALL_LENGTHS
+from trio_router.fleet.rewriting import ALL_LENGTHS, number_of
 from trio_router.fleet.ticket import Ticket
 from trio_router.web.admission import Talk
 from trio_router.web.assembly import Assembly, NotWhole
@@ -201,8 +201,8 @@ def _ends_with_a_question(messages: bytes) -> bool:
 
 def _lengths(fields: _Raw) -> dict[str, int]:
     """The bounds that a request sets, by their names."""
-    found = {name: msgspec.json.decode(fields[name]) for name in ALL_LENGTHS if name in fields}
-    return {name: number for name, number in found.items() if type(number) is int and number >= 0}
+    found = {name: number_of(fields[name]) for name in ALL_LENGTHS if name in fields}
+    return {name: number for name, number in found.items() if isinstance(number, int) and number >= 0}
 
 
 def _usage(usage: dict[str, Any], timings: list[Timings]) -> bytes:

@@ -23,6 +23,7 @@ from trio_router.errors import (
     RequestCancelled,
     RouterError,
     TimedOut,
+    TooManyHeaders,
 )
 from trio_router.fleet.dispatch import dispatch
 from trio_router.fleet.registry import Registry
@@ -43,6 +44,9 @@ SESSIONS: Final = (
 )  # fmt: skip
 """Headers by which clients name the conversation that a request belongs to."""
 AUTOLOAD_OFF = re.compile(r"[?&]autoload=(?:false|0)(?:&|$)")
+MAX_FORWARDED: Final = 90
+"""llama-server takes a head of 100 headers, our own among them, and answers a longer one with an empty 400 (cpp-httplib's
+CPPHTTPLIB_HEADER_MAX_COUNT)."""
 INTERNAL_ERROR = 500
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before it was answered; nobody sees it but logs and metrics."""
@@ -80,6 +84,8 @@ class Asked:
         asked.session = next((fields[name] for name in SESSIONS if name in fields), None)
         asked.autoload = "autoload=" not in target or AUTOLOAD_OFF.search(target) is None
         try:
+            if asked.start.count(b"\n") > MAX_FORWARDED:
+                raise TooManyHeaders(f"the head has more than {MAX_FORWARDED} headers for llama-server")
             check_encoding(_text(fields.get(b"content-encoding")))
             asked.priority = priority(_text(fields.get(b"x-request-priority")))
             asked.deadline_seconds = deadline_seconds(_text(fields.get(b"x-request-deadline-ms")))

@@ -20,21 +20,24 @@ def keep_alive_seconds(written: msgspec.Raw) -> float | None:
 
     A number is seconds; a string may have units: `"5m"`, `"1h30m"`.
     """
-    value = msgspec.json.decode(written)
     seconds: float | None = None
+    try:
+        value = msgspec.json.decode(written)
+    except msgspec.MsgspecError:  # a number beyond all others
+        value = False
     match value:
         case None:
             return None
         case bool():
             pass
-        case int() | float():
+        case int() | float() if abs(value) <= LONGEST_SECONDS:
             seconds = float(value)
         case str() if _NUMBER.fullmatch(value):
             seconds = float(value)
         case str() if (whole := _WHOLE.fullmatch(value)) is not None:
             parts = _PART.findall(whole[2])
             seconds = sum(float(number) * _UNITS[unit] for number, unit in parts) * (-1 if whole[1] else 1)
-    if seconds is None or seconds > LONGEST_SECONDS or math.isnan(seconds):
+    if seconds is None or seconds > LONGEST_SECONDS:
         text = shown(bytes(written)[:100].decode("utf-8", "replace"))
         raise InvalidKeepAlive(
             f'`keep_alive` is {text}; it may be seconds, or a time such as "5m"; -1 is for ever', param="keep_alive"
