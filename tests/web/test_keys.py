@@ -170,3 +170,29 @@ def test_what_runs_is_still_counted_after_a_renewal():
     admission.renew(ApiConfig(), ())
     assert not admission.needs_key
     assert admission.check_key("/x", None, None) is None
+
+
+@pytest.mark.parametrize(
+    "below",
+    [
+        "/v1/chat/completions%3Fx=/completion", "/x/../completion", "/./completion", "/completion%23/completion",
+        "/lora-adapters%3Fx=/completion", "/slots/0%3Faction=erase&x=/completion",
+    ],
+)  # fmt: skip
+async def test_upstream_is_no_way_round_a_keys_bounds(tmp_path, below):
+    async with open_site(tmp_path, prompt, keys=KEYS) as site:
+        for key in ("sk-app", "sk-elsewhere"):
+            reply = await site.ask("POST", f"/upstream/qwen{below}", bearing(key), BODY)
+            assert reply.code == (403, "admin_required")
+
+
+@pytest.mark.parametrize("target", ["/props?model=qwen", "/slots?model=qwen", "/upstream/qwen/slots"])
+async def test_reading_of_a_model_that_is_not_the_keys_loads_none(tmp_path, target):
+    async with open_site(tmp_path, prompt, keys=KEYS) as site:
+        assert (await site.ask("GET", target, bearing("sk-elsewhere"))).code == (403, "model_not_allowed")
+
+
+@pytest.mark.parametrize("below", ["/x/../slots", "/./slots", "//evil.example/slots", "//[::1", "//:80:x"])
+async def test_upstream_takes_no_path_that_is_another_one(tmp_path, below):
+    async with open_site(tmp_path, prompt, keys=KEYS) as site:
+        assert (await site.ask("GET", f"/upstream/qwen{below}", bearing("sk-boss"))).code == (404, "not_found")

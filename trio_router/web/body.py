@@ -15,6 +15,8 @@ from trio_router.errors import BodyTooLarge, InvalidJSON, RequestTimeout
 
 IDLE_SECONDS = 30.0
 """Longest pause of a client in the middle of its body."""
+BYTES_PER_SECOND = 16 * 1024
+"""A body may take `IDLE_SECONDS`, and a second more for each of these."""
 DISCARD_SECONDS = 2.0
 """How long a body that is too large is still read, and thrown away, so that its client gets to our answer."""
 
@@ -33,15 +35,16 @@ async def read_body(request: Request, limit: int) -> bytes:
     if invite is not None:
         await invite()
     body = bytearray()
-    with trio.CancelScope() as patience:
-        patience.deadline = trio.current_time() + IDLE_SECONDS
+    began = trio.current_time()
+    with trio.CancelScope(deadline=began + IDLE_SECONDS) as patience:
         async for piece in request.body:
             body += piece
             if len(body) > limit:
                 break
-            patience.deadline = trio.current_time() + IDLE_SECONDS
+            slowest = began + IDLE_SECONDS + len(body) / BYTES_PER_SECOND
+            patience.deadline = min(trio.current_time() + IDLE_SECONDS, slowest)
     if patience.cancelled_caught:
-        raise RequestTimeout(f"the body paused for {IDLE_SECONDS:g} s")
+        raise RequestTimeout(f"the body paused for {IDLE_SECONDS:g} s, or came slower than {BYTES_PER_SECOND} bytes/s")
     if len(body) > limit:
         body.clear()
         await _discard(request.body)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any, Final
+from urllib.parse import quote
 
 import attrs
 from quart import Response, g, request
@@ -22,7 +23,15 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 from trio_router import __version__
 from trio_router.backend.client import BackendClient, NoAnswer
 from trio_router.backend.lifecycle import State
-from trio_router.errors import BackendUnavailable, MissingModel, ModelIsNotRunning, ModelIsRunning, ModelNotLoaded
+from trio_router.errors import (
+    BackendUnavailable,
+    MissingModel,
+    ModelIsNotRunning,
+    ModelIsRunning,
+    ModelNotLoaded,
+    UnknownPath,
+    shown,
+)
 from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import LISTED, listed
@@ -38,6 +47,7 @@ OF_ONE_MODEL: Final = ("/slots", "/lora-adapters")
 TO_ONE_MODEL: Final = ("/props", "/slots/<int:id>", "/lora-adapters")
 DONE: Final = re.compile(rb'"success"\s*:\s*true')
 PASSED_HEADERS: Final = ("content-type", "content-encoding", "cache-control", "etag", "location")
+DOTS: Final = frozenset({".", ".."})
 Infer = Callable[[str, str], Any]
 """Answers the request at hand by a model (its alias), at a path."""
 
@@ -141,8 +151,13 @@ async def props(registry: Registry) -> dict[str, Any]:
 
 
 async def loaded(registry: Registry, alias: str) -> BackendClient:
-    """Who to ask about the model; it is loaded first, unless the request says not to. Raises ModelNotLoaded."""
+    """Who to ask about the model; it is loaded first, unless the request says not to.
+
+    Raises ModelNotAllowed: to be told of a model has it loaded, and others leave for it. Raises ModelNotLoaded.
+    """
     model = registry.model(alias)
+    if g.holder is not None:
+        g.holder.check_model(model.alias, alias)
     if model.supervisor.backend is None and not truth(request.args.get("autoload"), default=True):
         raise ModelNotLoaded(f"model {model.alias!r} is not loaded, and autoload=false", param="model")
     model = await registry.load(alias)
@@ -283,9 +298,17 @@ def _add_upstream(app: QuartTrio, registry: Registry, infer: Infer) -> None:
         if request.method == "POST" and path in INFERENCE_PATHS:
             response: Response = await infer(said, path)
             return response
+        reads = request.method in SAFE_METHODS
+        if not reads and g.holder is not None:  # only what `infer` answers is asking a model
+            g.holder.check_admin()
+        if path.startswith("//") or not DOTS.isdisjoint(
+            path.split("/")
+        ):  # another path, or a host, to whoever sends it on
+            raise UnknownPath(f"nothing is at {shown(request.path)}")
         body = await read_body(request, registry.config.api.max_body_bytes)
         seconds = registry.config.system.request_timeout_sec
-        reads = request.method in SAFE_METHODS
-        return await passed_on(await loaded(registry, said), path, body, seconds=None if reads else seconds)
+        client = await loaded(registry, said)
+        # it was unquoted: a `?` in it would begin a query, and make another path of what was checked
+        return await passed_on(client, quote(path), body, seconds=None if reads else seconds)
 
     app.add_url_rule(f"{UPSTREAM}<path:target>", "upstream", upstream, methods=["GET", "POST", "DELETE"])
