@@ -66,7 +66,11 @@ def test_what_it_takes_in_use_is_kept_for_it() -> None:
     room = ledger.room(sample(19, 22.5, at=6), None, 6)
     assert room.free == {0: 18.25 * GIB, 1: 22.25 * GIB}
     ledger.leaving("a")
-    assert ledger.room(sample(19, 22.5, at=6), None, 6).free == {0: 19 * GIB, 1: 22.5 * GIB}
+    leaving = ledger.room(sample(19, 22.5, at=6), None, 6)
+    assert leaving.free == room.free, "its last requests may still have it take that"
+    assert leaving.coming == {0: 6 * GIB, 1: 2 * GIB}
+    ledger.left("a", sample(19, 22.5, at=6), 7)
+    assert ledger.room(sample(24, 24, at=8), None, 8).free == {0: 24 * GIB, 1: 24 * GIB}
 
 
 def test_what_strays_onto_other_gpus_is_known_of_those_there_are() -> None:
@@ -339,8 +343,12 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def crashes(self, data: st.DataObject) -> None:
         if (alias := self._some(data)) is not None:
-            self.servers[alias].share, self.servers[alias].ready, self.servers[alias].used = 0.0, False, False
             self.ledger.reloading(alias, self.seen)
+            server = self.servers[alias]
+            if server.reserved.leaving:  # there will be no other one
+                self._leaves(alias)
+            else:
+                server.share, server.ready, server.used = 0.0, False, False
 
     @rule(data=st.data())
     def is_told_to_leave(self, data: st.DataObject) -> None:
@@ -350,10 +358,13 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def leaves(self, data: st.DataObject) -> None:
         if (alias := self._some(data)) is not None:
-            server = self.servers.pop(alias)
-            server.left_at = self.now
-            self.vanishing.append(server)
-            self.ledger.left(alias, self.seen, self.now)
+            self._leaves(alias)
+
+    def _leaves(self, alias: str) -> None:
+        server = self.servers.pop(alias)
+        server.left_at = self.now
+        self.vanishing.append(server)
+        self.ledger.left(alias, self.seen, self.now)
 
     @precondition(lambda self: self.vanishing)
     @rule()
@@ -373,7 +384,7 @@ class Machine(RuleBasedStateMachine):
         for index in (0, 1):
             held = self.ledger.held.values()
             leaving = sum(one.spot.bytes.get(index, 0) for one in held if one.leaving)
-            growing = sum(one.growing(index) for one in held if not one.leaving)
+            growing = sum(one.growing(index) for one in held)
             assert (room.free[index], room.coming[index]) == (self.shown(index) - RESERVE - growing, leaving)
         assert room.changes_at == math.inf
 

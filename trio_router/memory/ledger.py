@@ -3,9 +3,9 @@
 A reservation is made when it is decided that a model is loaded. What may be reserved then is what NVML showed free last,
 less `system.vram_reserve_mb`, less every reservation whose load was under way at that moment: of these nobody knows how
 much they had taken already, so all of it is counted. Once a sample was begun after a model was ready, everything it
-takes is in NVML's numbers, but for the little that it takes when it is first used (`Reservation.growth`); beyond that its
-reservation only says what its leaving would free. Other programs' memory is never
-free, so it counts by itself.
+takes is in NVML's numbers, but for the little that it takes when it is first used (`Reservation.growth`), be it by the
+last of its requests while it is on its way out; beyond that its reservation only says what its leaving would free. Other
+programs' memory is never free, so it counts by itself.
 
 A model that left is remembered until a sample shows its memory free, `SEEN_SECONDS` at most: drivers free it a
 little after the process is gone, and who waits for it had better not have another model leave meanwhile.
@@ -71,6 +71,8 @@ class Reservation:
 class _Gone:
     alias: str
     bytes: Mapping[int, int]
+    growth: Mapping[int, int]
+    """Of these, what was taken only in use: a sample before it left shows it free, whether it was taken since or not."""
     ready_at: float
     """Infinite if it never was."""
     left_at: float
@@ -139,6 +141,7 @@ class Ledger:
                 _Gone(
                     alias=alias,
                     bytes=sizes,
+                    growth={device: reservation.growing(device) for device in sizes},
                     ready_at=ready_at,
                     left_at=now,
                     free_before=_free(devices),
@@ -180,7 +183,8 @@ class Ledger:
             late = devices.seen_at >= gone.left_at + HIDDEN_SECONDS
             loads = [one for one in self.held.values() if late and not one.settled(gone.sampled_at)]
             seen = all(
-                shown.get(device, math.inf) + _on(device, loads) >= gone.free_before.get(device, 0) + SEEN_SHARE * size
+                shown.get(device, math.inf) + _on(device, loads)
+                >= gone.free_before.get(device, 0) + SEEN_SHARE * (size - gone.growth.get(device, 0))
                 for device, size in gone.bytes.items()
             )
             if not sampled or (not seen and now < gone.left_at + SEEN_SECONDS):
@@ -201,7 +205,8 @@ class Ledger:
         expected = sum(one.bytes.get(index, 0) for one in self._gone) - believed
         loading = [one for one in self.held.values() if not one.settled(seen_at)]
         unseen = sum(one.bytes.get(index, 0) for one in self._gone if one.unseen(seen_at))
-        growing = sum(one.growing(index) for one in self.held.values() if one.settled(seen_at) and not one.leaving)
+        growing = sum(one.growing(index) for one in self.held.values() if one.settled(seen_at))
+        growing += sum(one.growth.get(index, 0) for one in self._gone if not one.unseen(seen_at))
         free = shown + believed - unseen - _on(index, loading) - growing
         # what loads took so far is missing in `shown`, and counted in full besides: it comes when they are ready and seen
         stayers = [one for one in loading if not one.leaving]
