@@ -110,11 +110,17 @@ class HeadRefused(RouterError):
         self.status = status
 
 
-class TooManyHeaders(InvalidRequest):
-    """Raised when a request has more headers than llama-server takes."""
+class HeadTooLarge(InvalidRequest):
+    """Raised when a request has more headers, or longer ones, than llama-server takes."""
 
     status = 431
     code = "bad_request"
+
+
+class TargetTooLong(HeadTooLarge):
+    """Raised when a request's path and query are longer than llama-server takes."""
+
+    status = 414
 
 
 class InvalidJSON(InvalidRequest):

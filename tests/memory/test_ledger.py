@@ -274,7 +274,18 @@ class Machine(RuleBasedStateMachine):
 
     def shown(self, index: int) -> int:
         held = sum(server.on(index) for server in (*self.servers.values(), *self.vanishing))
-        return max(0, TOTAL - self.foreign[index] - held)
+        return TOTAL - self.foreign[index] - held
+
+    def grow(self, alias: str, *, share: float, used: bool = False) -> bool:
+        """Have it take so much, if there is so much: others may have come before it, and then it dies."""
+        server = self.servers[alias]
+        before = server.share, server.used
+        server.share, server.used = max(server.share, share), server.used or used
+        if min(self.shown(index) for index in (0, 1)) >= 0:
+            return True
+        server.share, server.used = before
+        self._leaves(alias)
+        return False
 
     def room(self) -> Room:
         return self.ledger.room(self.seen, None, self.now)
@@ -292,7 +303,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(index=st.integers(0, 1), size=gigabytes)
     def others(self, index: int, size: int) -> None:
-        self.foreign[index] = size
+        self.foreign[index] = min(size, self.foreign[index] + self.shown(index))
 
     @rule(
         alias=st.sampled_from(ALIASES),
@@ -327,18 +338,22 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), share=st.floats(0, 1))
     def goes_on(self, data: st.DataObject, share: float) -> None:
         if (alias := self._some(data, ready=False)) is not None:
-            self.servers[alias].share = max(self.servers[alias].share, share)
+            self.grow(alias, share=share)
 
     @rule(data=st.data())
     def is_ready(self, data: st.DataObject) -> None:
         if (alias := self._some(data, ready=False)) is not None:
-            self.servers[alias].share, self.servers[alias].ready = 1.0, True
+            self._is_ready(alias)
+
+    def _is_ready(self, alias: str) -> None:
+        if self.grow(alias, share=1.0):
+            self.servers[alias].ready = True
             self.ledger.ready(alias, self.now)
 
     @rule(data=st.data())
     def is_used(self, data: st.DataObject) -> None:
         if (alias := self._some(data, ready=True)) is not None:
-            self.servers[alias].used = True
+            self.grow(alias, share=1.0, used=True)
 
     @rule(data=st.data())
     def crashes(self, data: st.DataObject) -> None:
@@ -374,9 +389,8 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def all_settles(self) -> None:
         """Once nothing moves any more, what may be reserved is what is free, and nothing more is awaited."""
-        for alias, server in self.servers.items():
-            server.share, server.ready = 1.0, True
-            self.ledger.ready(alias, self.now)
+        for alias in list(self.servers):
+            self._is_ready(alias)
         self.wait(10.0)
         self.look()
         self.wait(1.0)

@@ -77,6 +77,9 @@ class Reply:
         return self.status, self.error["code"]
 
 
+WAYS: dict[str, Headers] = {"lean": [], "quart": [("TE", "trailers")]}
+
+
 @attrs.define(eq=False)
 class Client:
     """One client connection; says bytes, understands answers."""

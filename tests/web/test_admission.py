@@ -1,5 +1,6 @@
 import json
 import re
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -295,6 +296,28 @@ def test_anyone_may_ask_to_read(method):
 def test_who_may_change_something(origin, allowed):
     for method in ("POST", "PUT", "DELETE", "PATCH", "FOO"):
         assert let_in(method, "localhost:8000", origin, cors_origins=("https://ui.example",)) is allowed, method
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({}, True), ({"Sec-Fetch-Site": "none"}, True), ({"Sec-Fetch-Site": "same-origin"}, True),
+        ({"Sec-Fetch-Site": "cross-site"}, False), ({"Sec-Fetch-Site": "same-site"}, False), ({"Sec-Fetch-Site": "?"}, False),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-User": "?1", "Sec-Fetch-Dest": "document"}, True),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-User": "?1", "Sec-Fetch-Dest": "iframe"}, False),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Dest": "document"}, False),
+        ({"Origin": "https://ui.example", "Sec-Fetch-Site": "cross-site"}, True),
+        ({"Origin": "https://evil.com", "Sec-Fetch-Site": "same-origin"}, False), ({"Origin": "null"}, False),
+        ({"Origin": "", "Referer": "http://localhost:8000/"}, False),
+        ({"Referer": "http://localhost:8000/ui/"}, True), ({"Referer": "https://ui.example/chat?a=b"}, True),
+        ({"Referer": "https://evil.com/"}, False), ({"Referer": "https://evil.com"}, False),
+        ({"Referer": "https://evil.com/", "Sec-Fetch-Site": "none"}, True), ({"Referer": "elsewhere"}, True),
+    ],
+)  # fmt: skip
+def test_which_page_may_have_a_model_loaded_by_reading(headers, allowed):
+    admission = Admission(ApiConfig(cors_origins=("https://ui.example",)))
+    with nullcontext() if allowed else pytest.raises(OriginNotAllowed):
+        admission.check_page("localhost:8000", headers.get)
 
 
 def test_an_origin_without_a_host_is_foreign():

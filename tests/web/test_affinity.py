@@ -7,13 +7,8 @@ import pytest
 
 from tests.backend.peer import answer
 from tests.web.site import CHAT, Headers, Site, open_site
-from tests.web.test_app import WAYS, Server
+from tests.web.test_app import Server
 from trio_router.web.relay import in_slot
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> Headers:
-    return list(WAYS[request.param])
 
 
 def messages(*texts: str) -> list[dict[str, str]]:
@@ -138,4 +133,6 @@ def test_a_body_with_its_slot():
     assert in_slot(b'{"a":1}', 3) == b'{"id_slot":3,"a":1}'
     assert in_slot(bytearray(b' \n{ "a": 1 } '), 0) == b' \n{"id_slot":0, "a": 1 } '
     # of fields that come twice, llama-server takes the last: what its client says goes
+    assert in_slot(b"{}", 3) == b'{"id_slot":3}'
+    assert in_slot(b" {\r\n\t } ", 3) == b' {"id_slot":3\r\n\t } '
     assert json.loads(in_slot(b'{"id_slot":1}', 3)) == {"id_slot": 1}

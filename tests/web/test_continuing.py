@@ -8,7 +8,7 @@ import trio
 
 from tests.backend.peer import answer, until
 from tests.web.site import CHAT, Headers, Reply, open_site, request
-from tests.web.test_app import STREAM, WAYS, Server, chunk
+from tests.web.test_app import STREAM, Server, chunk
 from tests.web.test_stoppable import TEXT, chat, events, progress, text
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.web.admission import read_wish
@@ -18,11 +18,6 @@ LOW, HIGH = ([("X-Request-Priority", priority)] for priority in ("low", "high"))
 OTHER = answer(b'{"ok":true}', headers=b"Content-Type: application/json\r\n")
 QUESTION = {"role": "user", "content": "Wie?"}
 BEGIN = chat({"role": "assistant", "content": None})
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> Headers:
-    return list(WAYS[request.param])
 
 
 def timings(made: int, *, cached: int = 0, read: int = 9) -> dict[str, Any]:

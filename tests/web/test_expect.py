@@ -6,8 +6,8 @@ from email.utils import parsedate_to_datetime
 import pytest
 import trio
 
-from tests.web.site import BODY, CHAT, Client, open_site, request
-from tests.web.test_app import EVENTS, STREAM, WAYS, Server, chunk
+from tests.web.site import BODY, CHAT, WAYS, Client, open_site, request
+from tests.web.test_app import EVENTS, STREAM, Server, chunk
 from trio_router.web.date import DateLine
 
 LIVE = request("GET", "/livez")

@@ -5,7 +5,6 @@ import trio
 
 from tests.backend.peer import answer, read_request, until
 from tests.web.site import BODY, CHAT, open_site, request
-from tests.web.test_app import WAYS
 from trio_router.telemetry.events import Outcome
 
 
@@ -30,11 +29,6 @@ class Computing:
             await self.over.wait()
             await stream.send_all(self.then)
             return
-
-
-@pytest.fixture(params=WAYS)
-def way(request):
-    return list(WAYS[request.param])
 
 
 @pytest.mark.parametrize("then", [answer(), b""], ids=["an answer for nobody", "nothing"])

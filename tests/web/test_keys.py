@@ -18,10 +18,7 @@ APP = KeyConfig(
 BOSS = KeyConfig(name="boss", key_sha256=hashlib.sha256(b"sk-boss").hexdigest().upper(), admin=True)
 ELSEWHERE = KeyConfig(name="elsewhere", key="sk-elsewhere", models=())
 KEYS = (APP, BOSS, ELSEWHERE)
-WAYS = {"lean": [], "quart": [("TE", "trailers")]}
 COMMANDS = ["/v1/models/load?wait=false", "/v1/models/eject", "/v1/models/qwen/reset"]
-
-both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 
 
 def bearing(key: str) -> list[tuple[str, str]]:
@@ -47,7 +44,6 @@ async def prompt(stream: trio.SocketStream) -> None:
         await stream.send_all(answer())
 
 
-@both_ways
 @pytest.mark.parametrize(("key", "name"), [("sk-app", "app"), ("sk-boss", "boss")])
 async def test_a_key_or_its_hash(tmp_path, way, key, name):
     async with open_site(tmp_path, prompt, keys=KEYS) as site:
@@ -58,7 +54,6 @@ async def test_a_key_or_its_hash(tmp_path, way, key, name):
         assert [event.key for event in await site.told(2)] == [name, name]
 
 
-@both_ways
 @pytest.mark.parametrize("headers", [[], bearing("sk-App"), bearing(BOSS.key_sha256), [("X-Api-Key", "")]])
 async def test_none_of_them(tmp_path, way, headers):
     async with open_site(tmp_path, prompt, keys=KEYS) as site:
@@ -66,7 +61,6 @@ async def test_none_of_them(tmp_path, way, headers):
         assert reply.code == (401, "invalid_api_key")
 
 
-@both_ways
 async def test_a_model_that_is_not_the_keys(tmp_path, way):
     async with open_site(tmp_path, prompt, keys=KEYS) as site:
         reply = await site.ask("POST", CHAT, [*way, *bearing("sk-elsewhere")], BODY)
@@ -74,7 +68,6 @@ async def test_a_model_that_is_not_the_keys(tmp_path, way):
         assert "sk-elsewhere" not in reply.error["message"]
 
 
-@both_ways
 async def test_priority_is_bounded(tmp_path, way):
     async with open_site(tmp_path, prompt, keys=KEYS) as site:
         for count, (asked, given) in enumerate((("high", "normal"), ("normal", "normal"), ("low", "low")), 1):
@@ -83,7 +76,6 @@ async def test_priority_is_bounded(tmp_path, way):
             assert (await site.told(count))[-1].priority == given
 
 
-@both_ways
 async def test_one_more_than_it_may(tmp_path, way):
     gate = Gate()
     async with open_site(tmp_path, gate, slots=4, keys=KEYS) as site, trio.open_nursery() as nursery:
@@ -98,7 +90,6 @@ async def test_one_more_than_it_may(tmp_path, way):
             await site.until_idle()
 
 
-@both_ways
 @pytest.mark.parametrize("body", [b"{", b'{"model":"none"}', BODY])
 async def test_whatever_ends_a_request_it_is_counted_no_longer(tmp_path, way, body):
     """A key of one request at a time goes on after errors and after clients that left."""

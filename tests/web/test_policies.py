@@ -2,10 +2,8 @@
 
 import json
 
-import pytest
-
-from tests.web.site import BODY, CHAT, Headers, open_site, request
-from tests.web.test_app import WAYS, Server
+from tests.web.site import BODY, CHAT, open_site, request
+from tests.web.test_app import Server
 from trio_router.config.policies import ModelPolicy, Policy
 from trio_router.config.schema import KeyConfig
 
@@ -14,11 +12,6 @@ POLICY = ModelPolicy(
     set={"temperature": 0.5},
     variants={"wild": Policy(name="Wild", set={"temperature": 1.5}, strip=("seed",))},
 )
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> Headers:
-    return list(WAYS[request.param])
 
 
 def sent(server: Server) -> bytes:

@@ -6,17 +6,12 @@ import pytest
 import trio
 
 from tests.backend.peer import answer, until
-from tests.web.site import CHAT, Headers, Site, open_site, request
-from tests.web.test_app import EVENTS, STREAM, WAYS, Server, chunk
+from tests.web.site import CHAT, Site, open_site, request
+from tests.web.test_app import EVENTS, STREAM, Server, chunk
 from trio_router.telemetry.events import Outcome
 
 LOW, HIGH, NORMAL = ([("X-Request-Priority", priority)] for priority in ("low", "high", "normal"))
 ANSWER = answer(b'{"ok":true}', headers=b"Content-Type: application/json\r\n")
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> Headers:
-    return list(WAYS[request.param])
 
 
 def body(**more) -> bytes:

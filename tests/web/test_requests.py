@@ -2,19 +2,13 @@
 
 import json
 
-import pytest
 import trio
 
 from tests.backend.peer import until
 from tests.web.site import BODY, CHAT, Headers, Site, open_site, request
-from tests.web.test_app import EVENTS, STREAM, WAYS, Server, chunk
+from tests.web.test_app import EVENTS, STREAM, Server, chunk
 from trio_router.config.schema import KeyConfig
 from trio_router.telemetry.events import Outcome
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> Headers:
-    return list(WAYS[request.param])
 
 
 async def listed(site: Site, headers: Headers | None = None) -> list[dict]:

@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from tests.backend.peer import answer, linked, read_request, say
-from tests.web.site import BODY, CHAT, open_site
-from tests.web.test_app import STREAM, WAYS, Server, chunk
+from tests.web.site import BODY, CHAT, WAYS, open_site
+from tests.web.test_app import STREAM, Server, chunk
 from trio_router.backend.answer import AnswerHead
 from trio_router.backend.connection import BackendLost
 from trio_router.web.admission import read_wish

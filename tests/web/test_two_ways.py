@@ -9,18 +9,13 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.backend.peer import answer, read_request, until
-from tests.web.site import BODY, CHAT, Client, Headers, Site, open_site, request
-from tests.web.test_app import EVENTS, STREAM, WAYS, Server, chunk
+from tests.web.site import BODY, CHAT, WAYS, Client, Headers, Site, open_site, request
+from tests.web.test_app import EVENTS, STREAM, Server, chunk
 from trio_router.telemetry.events import Outcome
 
 THEIRS = {"date", "x-queue-time-ms", "x-queue-position", "connection"}
 """What may differ: the time of day, that Hypercorn says when it closes, a wait, which is measured, and its place."""
 KIB = 1024
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> Headers:
-    return list(WAYS[request.param])
 
 
 async def raw_answer(site: Site, way: Headers, headers: Headers, body: bytes, target: str = CHAT):

@@ -10,8 +10,8 @@ from tests.backend.peer import answer, until
 from tests.fleet.fake_servers import FakeServers
 from tests.fleet.fleet import running
 from tests.fleet.test_scheduler import LOW, ticket
-from tests.web.site import CHAT, Client, Headers, Site, open_site, request
-from tests.web.test_app import EVENTS, STREAM, WAYS, Server, chunk
+from tests.web.site import CHAT, Client, Site, open_site, request
+from tests.web.test_app import EVENTS, STREAM, Server, chunk
 from trio_router.errors import ShuttingDown
 from trio_router.fleet.scheduler import Scheduler
 from trio_router.fleet.ticket import Ticket
@@ -30,11 +30,6 @@ SOON = 0.05
 @pytest.fixture
 def servers() -> FakeServers:
     return FakeServers()
-
-
-@pytest.fixture(params=WAYS)
-def way(request) -> Headers:
-    return list(WAYS[request.param])
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,7 @@ class BackendClient:
                         if len(body) > most:
                             patience.cancel()  # raising here would leave httpx's generators to the garbage collector
         # RuntimeError: closed with its incarnation meanwhile; OSError: of what httpx imports at its first use
-        except (httpx.HTTPError, RuntimeError, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError, OSError) as error:
             what = NoFiles if _is_shortage(error) else NoAnswer
             raise what(f"{path}: {type(error).__name__} {error}".rstrip()) from error
         if len(body) > most:

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import attrs
@@ -52,6 +52,8 @@ UPSTREAM: Final = "/upstream/"
 
 LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+OWN_SITES: Final = frozenset({"same-origin", "none"})
+"""What `Sec-Fetch-Site` says of our own pages, and of who typed an address."""
 HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([^\s:@/\\?#\[\],]+?)\.?)(?::[0-9]*)?")
 """RFC 9110 section 7.2, for names as they are in use. No user before an `@`, nothing after the port."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -98,6 +100,9 @@ def check_encoding(sent: str | None) -> None:
         raise UnsupportedMediaType(f"Content-Encoding is {shown(sent)}; bodies are read uncompressed only")
 
 
+TOO_DEEP: Final = "the body is nested too deep: some 1,000 levels are read"
+
+
 class Body(msgspec.Struct):
     """The fields of a body that concern us; the rest is checked to be JSON and skipped."""
 
@@ -126,6 +131,11 @@ class Talk(Body):
     def wants_progress(self) -> bool:
         """Whether it says something of llama-server's `return_progress` itself."""
         return self.return_progress is not msgspec.UNSET
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether `stream` is no truth value: llama-server is to say so."""
+        return self.stream is not msgspec.UNSET and bytes(self.stream) not in {b"true", b"false", b"null"}
 
     @property
     def has_tools(self) -> bool:
@@ -184,7 +194,9 @@ def read_wish(body: bytes | bytearray, default: str | None = None, *, talk: bool
         found = _TALK.decode(body) if talk else _BODY.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidJSON("the body is JSON, but not an object") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError as error:
+        raise InvalidJSON(TOO_DEEP) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidJSON(f"the body is not JSON: {error}") from error
     try:
         model = _model(found)
@@ -277,6 +289,23 @@ class Admission:
             return
         raise OriginNotAllowed(f"Origin is {shown(origin)}; api.cors_origins lists those that may call")
 
+    def check_page(self, host: str | None, header: Callable[[str], str | None]) -> None:
+        """Raise OriginNotAllowed when a page of a foreign origin has something read that is more than to read.
+
+        A browser names no `Origin` with an image or a link. What tells of the page then is `Sec-Fetch-Site`, which goes to
+        whom it trusts (by HTTPS, and on loopback; https://www.w3.org/TR/fetch-metadata/), else mostly a `Referer`. A link
+        that somebody followed may: it is they who ask.
+        """
+        origin, site, referer = header("Origin"), header("Sec-Fetch-Site"), header("Referer")
+        if origin is None and site is not None:
+            followed = header("Sec-Fetch-User") == "?1" and header("Sec-Fetch-Dest") == "document"
+            if site in OWN_SITES or followed:
+                return
+            raise OriginNotAllowed(
+                f"a page of another origin asks (Sec-Fetch-Site is {shown(site)}), and not for itself"
+            )
+        self.check_origin("POST", host, _origin(referer) if origin is None else origin)
+
     def origin_allowed(self, origin: str) -> bool:
         """Whether a browser may show our answers to pages of `origin`."""
         return origin in self._api.cors_origins
@@ -326,6 +355,12 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _origin(referer: str | None) -> str | None:
+    """Of the page at that address."""
+    scheme, mark, rest = (referer or "").partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if mark else None
 
 
 def _same_origin(origin: str, host: str | None) -> bool:

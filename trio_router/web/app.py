@@ -15,10 +15,13 @@ import structlog
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent, HTTPScope
 from quart import Quart, Request, Response, g, request
+from quart.routing import QuartMap
+from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WerkzeugMethodNotAllowed
+from werkzeug.routing import MapAdapter
 
 from trio_router.backend.answer import Headers
 from trio_router.errors import (
@@ -110,6 +113,26 @@ class Connection(TrioASGIHTTPConnection):
                 nursery.cancel_scope.cancel()
 
 
+class Paths(QuartMap):
+    """Routes by paths alone. Quart would look at `Host` first, and breaks where that is no name: see `Admission`."""
+
+    def bind_to_request(
+        self, request: BaseRequestWebsocket, subdomain: str | None, server_name: str | None
+    ) -> MapAdapter:
+        """What finds the route of `request`."""
+        return self.bind(
+            server_name or "router", request.root_path, subdomain or "", request.scheme, request.method, request.path,
+            request.query_string.decode("latin-1"),
+        )  # fmt: skip
+
+
+class App(QuartTrio):
+    """Quart's, with connections and routes of our own."""
+
+    asgi_http_class = Connection
+    url_map_class = Paths
+
+
 def create_app(
     registry: Registry,
     devices: DeviceMonitor,
@@ -124,8 +147,7 @@ def create_app(
     under_way: set[Exchange],
 ) -> QuartTrio:
     """The app of one router."""
-    app = QuartTrio("trio_router", static_folder=None)
-    app.asgi_http_class = Connection
+    app = App("trio_router", static_folder=None)
     # no clock of Quart's (it would cut streams without a word), no limit of its own (it does not bound chunked bodies)
     app.config.update(RESPONSE_TIMEOUT=None, BODY_TIMEOUT=None, MAX_CONTENT_LENGTH=None)
     app.config.update(PROVIDE_AUTOMATIC_OPTIONS=False)
@@ -168,7 +190,11 @@ def _add_admission(app: QuartTrio, admission: Admission, registry: Registry, eve
             del answer.headers["content-type"], answer.headers["content-length"]  # RFC 9110 section 8.6: 204 has none
             return _with(answer, preflight_headers(admission, origin))
         g.holder = admission.check_key(request.path, headers.get("Authorization"), headers.get("X-Api-Key"))
-        changes = changes_state(request.method, request.path) or llama_router.asks_to_reload()
+        g.check_page = partial(admission.check_page, host, headers.get)
+        changes = changes_state(request.method, request.path)
+        if llama_router.asks_to_reload():
+            g.check_page()
+            changes = True
         if g.holder is not None and changes:
             g.holder.check_admin()
             log.info("command", key=g.holder.name, method=request.method, path=request.path, id=g.request_id)

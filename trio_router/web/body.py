@@ -12,6 +12,7 @@ import trio
 from quart import Request
 
 from trio_router.errors import BodyTooLarge, InvalidJSON, RequestTimeout
+from trio_router.web.admission import TOO_DEEP
 
 IDLE_SECONDS = 30.0
 """Longest pause of a client in the middle of its body."""
@@ -64,7 +65,9 @@ def parsed(body: bytes) -> Any:
     """The JSON that it is. Raises InvalidJSON."""
     try:
         return json.loads(body)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise InvalidJSON(TOO_DEEP) from error
+    except ValueError as error:
         raise InvalidJSON(f"the body is not JSON: {error}") from error
 
 

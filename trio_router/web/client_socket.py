@@ -38,7 +38,7 @@ class ClientSocket:
     asking: bool = False
     """Whether it is the client's turn: to begin a request, or to go on with its head."""
     asking_since: float | None = None
-    """Trio time at which `expire_slow` first saw that."""
+    """Trio time at which `expire_idle` first saw that."""
     unsent: bytes = b""
     """What `say` could not send yet: goes out before anything else."""
     _burst: int = 0
@@ -52,7 +52,7 @@ class ClientSocket:
         self.address = peer[0] if isinstance(peer, tuple) else ""
         self.hangups.watch(self.sock, self.scope.cancel)
 
-    def expire_slow(self, now: float, seconds: float) -> None:
+    def expire_idle(self, now: float, seconds: float) -> None:
         """Have the connection end, if at trio time `now` it has been the client's turn for more than `seconds`.
 
         That counts from the first time that this sees it, so that no request has to look at the clock.

@@ -3,7 +3,8 @@
 A connection whose request is being worked on is not read from, so a client that leaves would go unnoticed; and
 reading would not help with one that sent another request before it left (RFC 9112 pipelining): its data stands
 before the end of the stream. The kernel knows: EPOLLRDHUP is reported whatever is unread, epoll_ctl(2). A client
-that only closed its sending half counts as gone too; llama-server and Hypercorn see it the same way.
+that only closed its sending half counts as gone too, as it does for Hypercorn: until something is written to it, TCP
+tells no difference. llama-server answers one.
 """
 
 import select

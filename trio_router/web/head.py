@@ -23,11 +23,18 @@ END: Final = b"\r\n\r\n"
 HTTP2: Final = b"PRI * HTTP/2.0"
 """What a client that knows HTTP/2 to be spoken here begins with (RFC 9113 section 3.4)."""
 BARE_LINE_FEED: Final = re.compile(rb"(?:^|[^\r])\n")
+_CONTROL: Final = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""In a head; h11 has its own word for a NUL."""
+_EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 _FOLDED: Final = re.compile(rb"\r\n[ \t]")
 _CHUNKS: Final = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
 _SIZE: Final = re.compile(rb"(?i)\r\ncontent-length[ \t]*:")
 _WEBSOCKET: Final = re.compile(rb"(?i)\r\nupgrade[ \t]*:[^\r\n]*\bwebsocket\b")
 
+METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+TARGET: Final = re.compile(rb"[!-~]+")
+CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+"""What no value of a header holds (RFC 9110 section 5.5)."""
 _LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?[ \t]*\r\n"
 _HEAD: Final = re.compile(rb"POST (/[!-\"$-~]*) HTTP/1\.1\r\n((?:" + _LINE + rb")+)\r\n")
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
@@ -37,6 +44,7 @@ _ONCE: Final = frozenset({b"host", b"content-length", b"connection"})
 
 
 NO_WEBSOCKETS: Final = "WebSockets are not spoken here; streams are server-sent events"
+CONTROL_CHARACTERS: Final = "a line of the head has a control character"
 BOTH_LENGTHS: Final = "the request has a Content-Length and a Transfer-Encoding"
 
 
@@ -106,10 +114,23 @@ def check_lines(raw: bytes) -> None:
         raise HeadRefused("a line of the head ends without a carriage return")
     if _FOLDED.search(raw):
         raise HeadRefused("a line of the head is folded")
+    if _CONTROL.search(raw):
+        raise HeadRefused(CONTROL_CHARACTERS)
 
 
 class StrictBuffer(ReceiveBuffer):
     """What h11 has received of a connection, of which it is to forgive no line: `check_lines` for every head and trailer."""
+
+    def begins(self) -> bool:
+        """Whether a request has begun; empty lines before it are dropped."""
+        empty = _EMPTY_LINES.match(self._data)
+        if empty is not None and empty.end():
+            self._extract(empty.end())
+        return bytes(self._data[:2]) not in {b"", b"\r"}
+
+    def clear(self) -> None:
+        """Drop all of it."""
+        self._extract(len(self))
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
         """The lines up to an empty one, None: it is not there yet."""

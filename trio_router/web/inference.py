@@ -19,11 +19,12 @@ from trio_router.backend.answer import Headers
 from trio_router.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,
+    HeadTooLarge,
     ModelNotLoaded,
     RequestCancelled,
     RouterError,
+    TargetTooLong,
     TimedOut,
-    TooManyHeaders,
 )
 from trio_router.fleet.dispatch import dispatch
 from trio_router.fleet.registry import Registry
@@ -47,6 +48,9 @@ AUTOLOAD_OFF = re.compile(r"[?&]autoload=(?:false|0)(?:&|$)")
 MAX_FORWARDED: Final = 90
 """llama-server takes a head of 100 headers, our own among them, and answers a longer one with an empty 400 (cpp-httplib's
 CPPHTTPLIB_HEADER_MAX_COUNT)."""
+MAX_LINE_BYTES: Final = 8190
+"""Of a header, and of a target: llama-server answers longer ones with an empty 400 or 414, or with nothing
+(CPPHTTPLIB_HEADER_MAX_LENGTH, CPPHTTPLIB_REQUEST_URI_MAX_LENGTH: 8,192 with the end of the line)."""
 INTERNAL_ERROR = 500
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before it was answered; nobody sees it but logs and metrics."""
@@ -84,14 +88,29 @@ class Asked:
         asked.session = next((fields[name] for name in SESSIONS if name in fields), None)
         asked.autoload = "autoload=" not in target or AUTOLOAD_OFF.search(target) is None
         try:
-            if asked.start.count(b"\n") > MAX_FORWARDED:
-                raise TooManyHeaders(f"the head has more than {MAX_FORWARDED} headers for llama-server")
+            check_target(target)
+            check_headers(asked.start)
             check_encoding(_text(fields.get(b"content-encoding")))
             asked.priority = priority(_text(fields.get(b"x-request-priority")))
             asked.deadline_seconds = deadline_seconds(_text(fields.get(b"x-request-deadline-ms")))
         except RouterError as error:
             asked.problem = error
         return asked
+
+
+def check_target(target: str) -> None:
+    """Raise TargetTooLong for a path and query that llama-server would not take."""
+    if len(target) > MAX_LINE_BYTES:
+        raise TargetTooLong(f"the path and its query have more than {MAX_LINE_BYTES} characters")
+
+
+def check_headers(start: bytes) -> None:
+    """Raise HeadTooLarge for a head, as it begins, that llama-server would not take."""
+    lines = start.split(b"\r\n")
+    if len(lines) > MAX_FORWARDED + 1:
+        raise HeadTooLarge(f"the head has more than {MAX_FORWARDED} headers for llama-server")
+    if max(map(len, lines[1:])) > MAX_LINE_BYTES:
+        raise HeadTooLarge(f"the head has a header of more than {MAX_LINE_BYTES} bytes")
 
 
 def _text(value: bytes | None) -> str | None:

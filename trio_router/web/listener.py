@@ -19,6 +19,7 @@ connection is accepted for `ACCEPT_PAUSE_SECONDS`, and then it is tried again.
 import contextlib
 import errno
 import logging
+import math
 import resource
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,8 +31,7 @@ import h11
 import structlog
 import trio
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
-from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, ConnectionState, Scope
@@ -39,11 +39,10 @@ from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, 
 from trio_router.web import dataplane
 from trio_router.web.body import INVITE
 from trio_router.web.client_socket import ClientLeft, ClientSocket
-from trio_router.web.dataplane import HEAD_SECONDS, WRITE_STALL_SECONDS, DataPlane
+from trio_router.web.dataplane import WRITE_STALL_SECONDS, DataPlane
 from trio_router.web.hangup import Hangups
-from trio_router.web.head import StrictBuffer
 from trio_router.web.in_flight import InFlight
-from trio_router.web.refusals import refuse_websocket, worded
+from trio_router.web.protocols import Protocols
 
 log = structlog.get_logger("trio_router.web")
 
@@ -59,7 +58,7 @@ OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, e
 def hypercorn_config() -> Config:
     """How Hypercorn is to treat a connection."""
     config = Config()
-    config.keep_alive_timeout = HEAD_SECONDS
+    config.keep_alive_timeout = math.inf  # `Connections.watch` has the time
     config.keep_alive_max_requests = 1_000_000
     config.include_server_header = False
     config.h11_max_incomplete_size = 64 * 1024
@@ -81,8 +80,10 @@ class ClientStream(trio.abc.HalfCloseableStream):
     read_already: bytes = b""
     gone: trio.Event = attrs.field(factory=trio.Event)
     """Set when the client hung up."""
-    refused: bool = False
-    """Whether Hypercorn refused what it read: nothing more is read to it, not even what it left open."""
+    requests: int = 0
+    """How many are being answered."""
+    idle_since: float | None = None
+    """Trio time at which `expire_idle` first saw that there are none."""
 
     def __attrs_post_init__(self) -> None:
         self.hangups.watch(self.stream.socket, self.gone.set)
@@ -98,6 +99,18 @@ class ClientStream(trio.abc.HalfCloseableStream):
         self.abort()
         scope.cancel()
 
+    def expire_idle(self, now: float, seconds: float) -> None:
+        """Have the connection end, if at trio time `now` no request has been answered on it for more than `seconds`.
+
+        Whatever else came: half a head, or HTTP/2 frames of any kind. That counts from the first time that this sees it.
+        """
+        if self.requests:
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = now
+        elif now - self.idle_since >= seconds:
+            self.gone.set()
+
     @property
     def socket(self) -> trio.socket.SocketType:
         """What Hypercorn asks for its addresses."""
@@ -105,9 +118,7 @@ class ClientStream(trio.abc.HalfCloseableStream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         with trio.move_on_after(WRITE_STALL_SECONDS) as stall:
-            refusal = worded(data)
-            self.refused |= refusal is not None
-            await self.stream.send_all(data if refusal is None else refusal)
+            await self.stream.send_all(data)
         if stall.cancelled_caught:
             self.abort()
             raise trio.BrokenResourceError("the client reads nothing")
@@ -116,8 +127,6 @@ class ClientStream(trio.abc.HalfCloseableStream):
         await self.stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        if self.refused:
-            return b""
         if self.read_already:
             data, self.read_already = self.read_already[:max_bytes], self.read_already[max_bytes:] if max_bytes else b""
             return data
@@ -146,6 +155,7 @@ class ConnectionApp:
 
     app: AppWrapper
     in_flight: InFlight
+    stream: ClientStream
     answered: trio.Event | None = None
     """Set at the end of the HTTP/1 answer that is under way; None when none is."""
     answering: trio.lowlevel.Task | None = None
@@ -163,10 +173,6 @@ class ConnectionApp:
             await send()
 
     async def __call__(self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable, *more: Any) -> None:
-        if scope["type"] == "websocket":  # Quart has no route for one, and says so with a traceback
-            await refuse_websocket(send)
-            return
-
         async def noting(message: ASGISendEvent) -> None:
             if self.answered is None and scope.get("http_version") in {"1.0", "1.1"}:
                 self.answered, self.answering = trio.Event(), trio.lowlevel.current_task()
@@ -176,34 +182,37 @@ class ConnectionApp:
 
         if scope["type"] == "http":
             scope["extensions"][INVITE] = self.invite  # type: ignore[assignment]
+        self.stream.requests, self.stream.idle_since = self.stream.requests + 1, None
         try:
             with self.in_flight:
                 await self.app(scope, receive, noting, *more)
         finally:
+            self.stream.requests -= 1
             if self.answered is not None:
                 self.answered.set()
                 self.answered = self.answering = None
 
 
 class ConnectionServer(TCPServer):
-    """Hypercorn's, which lets an answer out before it closes for what came behind its request.
+    """Hypercorn's, with protocols of our own (`web.protocols`) and without its timers.
 
-    It invites no body that nobody reads: Hypercorn sends `100 Continue` as soon as it has read the head.
-
-    Bytes after a request whose answer says `Connection: close` break the protocol in h11's eyes. Hypercorn's reader
-    closes at once then, often before the answer's first byte was sent by another task.
-
-    Its parser forgives no line that the data plane's does not: see `StrictBuffer`.
+    It invites no body that nobody reads: Hypercorn sends `100 Continue` as soon as it has read the head. And it lets an
+    answer out before it closes for what was wrong with the rest of a request: Hypercorn's reader closes at once, often
+    before the answer's first byte was sent by another task.
     """
 
+    async def _idle_timeout(self) -> None:
+        """`Connections.watch` has the time."""
+
     async def _read_data(self) -> None:
-        protocol = self.protocol.protocol
-        if isinstance(protocol, H11Protocol) and isinstance(protocol.connection, h11.Connection):
-            protocol.connection._receive_buffer = StrictBuffer()  # noqa: SLF001  (h11 has no setting for it)
+        self.protocol = Protocols.of(self.protocol)
+        await self.protocol.initiate()
         await super()._read_data()
 
     async def protocol_send(self, event: Event) -> None:
         app = cast("ConnectionApp", self.app)
+        if isinstance(event, Updated):
+            return
         if isinstance(event, RawData) and event.data.startswith(CONTINUE) and not app.reads_body:
             app.invitation = partial(super().protocol_send, event)
             return
@@ -247,7 +256,7 @@ class Connections:
         self.open.add(stream)
         try:
             # it asks of its stream what ClientStream has
-            app = ConnectionApp(self.app, self.plane.in_flight)
+            app = ConnectionApp(self.app, self.plane.in_flight, stream)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(stream.abort_when_gone, nursery.cancel_scope)
                 await ConnectionServer(app, self.config, self.context, ConnectionState({}), stream)  # type: ignore[arg-type]
@@ -257,10 +266,9 @@ class Connections:
         except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             log.debug("connection broke")
         except* h11.ProtocolError as group:  # pgjones/hypercorn#225: it is this connection's fault, and its alone
-            log.info("connection broke the protocol", errors=[str(error) for error in group.exceptions])
+            log.info("connection broke the protocol", errors=_kinds(group))
         except* Exception as group:  # noqa: BLE001  (nothing that a client does may end more than its connection)
-            # not their words: those of a parser may hold heads and bodies, and keys in them
-            log.warning("connection failed", errors=[type(error).__name__ for error in group.exceptions])
+            log.warning("connection failed", errors=_kinds(group))
         finally:
             self.open.discard(stream)
             stream.abort()
@@ -278,13 +286,17 @@ class Connections:
                 await trio.sleep(min(1.0, dataplane.HEAD_SECONDS / 20))
                 now = trio.current_time()
                 for client in list(self.open):
-                    if isinstance(client, ClientSocket):
-                        client.expire_slow(now, dataplane.HEAD_SECONDS)
+                    client.expire_idle(now, dataplane.HEAD_SECONDS)
 
     def close_all(self) -> None:
         """Close every connection under whoever uses it."""
         for client in list(self.open):
             client.close()
+
+
+def _kinds(group: ExceptionGroup[Exception]) -> list[str]:
+    """Not their words: those of a parser may hold heads and bodies, and keys in them."""
+    return [type(error).__name__ for error in group.exceptions]
 
 
 async def open_sockets(host: str, port: int) -> list[socket.socket]:

@@ -38,7 +38,9 @@ from trio_router.fleet.status import LISTED, listed
 from trio_router.telemetry.events import Event, Events, ModelChanged, Reloaded
 from trio_router.web.admission import CONTROL_PATH, INFERENCE_PATHS, SAFE_METHODS, UPSTREAM
 from trio_router.web.body import COMMAND_BYTES, parsed, read_body
-from trio_router.web.models import named_model, truth
+from trio_router.web.inference import check_target
+from trio_router.web.models import named_model
+from trio_router.web.query import truth
 from trio_router.web.reload import Reloader
 from trio_router.web.responses import json_response
 from trio_router.web.sse import Hub, stream_response
@@ -153,13 +155,17 @@ async def props(registry: Registry) -> dict[str, Any]:
 async def loaded(registry: Registry, alias: str) -> BackendClient:
     """Who to ask about the model; it is loaded first, unless the request says not to.
 
-    Raises ModelNotAllowed: to be told of a model has it loaded, and others leave for it. Raises ModelNotLoaded.
+    Raises ModelNotAllowed, OriginNotAllowed: to be told of a model has it loaded, and others leave for it.
+    Raises ModelNotLoaded, and TargetTooLong if it would not take the request.
     """
     model = registry.model(alias)
+    check_target(f"{request.scope['raw_path'].decode('latin-1')}?{request.query_string.decode('latin-1')}")
     if g.holder is not None:
         g.holder.check_model(model.alias, alias)
     if model.supervisor.backend is None and not truth(request.args.get("autoload"), default=True):
         raise ModelNotLoaded(f"model {model.alias!r} is not loaded, and autoload=false", param="model")
+    if model.scheduler.backend is None:
+        g.check_page()
     model = await registry.load(alias)
     backend = model.supervisor.backend
     if backend is None:
@@ -171,11 +177,12 @@ async def loaded(registry: Registry, alias: str) -> BackendClient:
 async def passed_on(client: BackendClient, path: str, body: bytes = b"", *, seconds: float | None = None) -> Response:
     """The answer of a llama-server to the request at hand, asked at `path`; a reading takes no time, `seconds` are for more."""
     query = request.query_string.decode("latin-1")
+    target = f"{path}?{query}" if query else path
     headers = {
         name: request.headers[name] for name in ("Accept", "Accept-Encoding", "Content-Type") if name in request.headers
     }
     try:
-        answer = await client.passed_on(request.method, f"{path}?{query}" if query else path, headers, body, seconds)
+        answer = await client.passed_on(request.method, target, headers, body, seconds)
     except NoAnswer as error:
         raise BackendUnavailable(f"its llama-server did not answer: {error}", param="model") from error
     response = Response(answer.content, answer.status_code)

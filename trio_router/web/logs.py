@@ -12,9 +12,9 @@ import trio
 from quart import Request, Response, request
 from quart_trio import QuartTrio
 
-from trio_router.errors import InvalidRequest, shown
 from trio_router.fleet.registry import Registry
 from trio_router.telemetry.ring import Ring
+from trio_router.web.query import count
 from trio_router.web.sse import (
     BOOT,
     HEARTBEAT_SECONDS,
@@ -89,15 +89,6 @@ def text(lines: Sequence[str]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def wanted_lines(sent: str | None, at_most: int) -> int:
-    """How many of the last lines are asked for; more than are kept is all of them. Raises InvalidRequest."""
-    if sent is None:
-        return DEFAULT_LINES
-    if not (sent.isascii() and sent.isdigit() and len(sent) <= 9):
-        raise InvalidRequest(f"`lines` is {shown(sent)}; it must be a whole number from 0", param="lines")
-    return min(int(sent), at_most)
-
-
 def followed(incoming: Request, journal: Ring[str], lines: int) -> tuple[Source, str]:
     """What follows `journal` in the way that was asked for, and its content type."""
     position = max(journal.forgotten, journal.written - lines)
@@ -114,7 +105,7 @@ def add_routes(app: QuartTrio, registry: Registry) -> None:
     @app.get("/v1/models/<path:alias>/logs")
     async def logs(alias: str) -> Response:
         journal = registry.model(alias).supervisor.journal
-        lines = wanted_lines(request.args.get("lines"), journal.max_items)
+        lines = count("lines", request.args.get("lines"), default=DEFAULT_LINES, at_most=journal.max_items)
         if request.args.get("follow", "0").strip().lower() in {"", "1", "true", "yes", "on"}:
             response = stream_response(*followed(request, journal, lines))
         else:

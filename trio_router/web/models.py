@@ -10,6 +10,7 @@ from trio_router.errors import MissingModel
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import fleet_status, listed, listing, status
 from trio_router.web.body import read_object
+from trio_router.web.query import truth
 from trio_router.web.responses import json_response
 
 
@@ -20,11 +21,6 @@ async def named_model() -> str:
     if not isinstance(model, str):
         raise MissingModel("the body has no field `model` that is a string", param="model")
     return model
-
-
-def truth(value: str | None, *, default: bool) -> bool:
-    """What a query's value says."""
-    return default if value is None else value.strip().lower() not in {"0", "false", "no", "off"}
 
 
 def add_routes(app: QuartTrio, registry: Registry) -> None:

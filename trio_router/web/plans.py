@@ -14,6 +14,7 @@ from trio_router.telemetry.events import Events
 from trio_router.telemetry.trace import Trace
 from trio_router.web.admission import PLAN_PATH, priority
 from trio_router.web.body import read_object
+from trio_router.web.query import count
 from trio_router.web.responses import json_response
 
 LINES_AT_ONCE: Final = 200
@@ -38,10 +39,9 @@ def add_routes(app: QuartTrio, registry: Registry, events: Events) -> None:
 
     @app.get("/v1/router/decisions")
     async def decisions() -> Response:
-        last = request.args.get("last", type=int)
         kept = list(registry.decisions)
-        found = kept if last is None or last < 1 else kept[-last:]
-        return json_response({"decisions": [each.as_json() for each in found]})
+        last = count("last", request.args.get("last"), default=len(kept), at_most=len(kept))
+        return json_response({"decisions": [each.as_json() for each in kept[len(kept) - last :]]})
 
     @app.get("/v1/router/trace")
     async def trace() -> Response:

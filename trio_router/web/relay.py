@@ -1,6 +1,7 @@
 """The way bytes travel to a llama-server and back. Decides nothing: whether to try again is `fleet.dispatch`'s."""
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -21,6 +22,8 @@ NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"accept-encoding",  # llama-server does not compress; a body that passes unread must not be
     b"authorization",  # ours, not the backend's
     b"content-length",
+    b"content-encoding",  # there is none, whether that is said or not
+    b"content-type",  # it is JSON, whatever it is called; llama-server reads forms its own way
     b"cookie",
     b"expect",
     b"host",
@@ -49,6 +52,7 @@ MAX_HALF_BYTES: Final = 16 * 1024
 """An event whose end has not come is held back up to this: if it never comes, no client has to make sense of half of it."""
 
 EVENT_STREAM: Final = b"text/event-stream"
+_CLOSES: Final = re.compile(rb"[ \t\r\n]*\}")
 STREAM_HEADERS: Final[Headers] = [
     (b"content-type", EVENT_STREAM), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
 ]  # fmt: skip
@@ -70,7 +74,7 @@ def request_start(target: str, headers: Headers) -> bytes:
         left_out = left_out | {
             listed.strip().lower() for name, value in headers if name == b"connection" for listed in value.split(b",")
         }
-    lines = [b"POST " + target.encode("ascii") + b" HTTP/1.1", b"Host: llama-server"]
+    lines = [b"POST " + target.encode("ascii") + b" HTTP/1.1", b"Host: llama-server", b"Content-Type: application/json"]
     lines += [name + b": " + value for name, value in headers if name not in left_out]
     return b"\r\n".join(lines)
 
@@ -176,12 +180,13 @@ async def begun(connection: Connection, answer: AnswerHead, stoppable: Stoppable
 
 
 def in_slot(body: bytes | bytearray, index: int) -> bytes:
-    """`body`, which is a JSON object with something in it, with the slot that it is for.
+    """`body`, which is a JSON object, with the slot that it is for.
 
     The first of its fields, so that the client's own `id_slot`, if there is one, is the last that llama-server reads.
     """
     opened = body.index(b"{") + 1
-    return b"".join([body[:opened], b'"id_slot":%d,' % index, body[opened:]])
+    comma = b"" if _CLOSES.match(body, opened) else b","
+    return b"".join([body[:opened], b'"id_slot":%d%b' % (index, comma), body[opened:]])
 
 
 @attrs.define(eq=False)

@@ -40,6 +40,7 @@ NATIVE: Final = frozenset({"/completion", "/completions", "/infill"})
 PATHS: Final = CHATS | RESPONSES | MESSAGES | NATIVE
 PROGRESS: Final = b'"prompt_progress":'
 _BLANKS: Final = b" \t\r\n"
+_OPENS: Final = ord("{")
 _ITS_PROGRESS: Final = re.compile(rb',"prompt_progress":\{[^{}]*\}')
 _STREAM_ONLY: Final = frozenset({b"cache-control", b"x-accel-buffering"})
 
@@ -61,7 +62,7 @@ class Stoppable:
     @classmethod
     def of(cls, path: str, body: bytes | bytearray, talk: Talk, *, stream: bool) -> "Stoppable | None":
         """None for a request that is to be sent as it is."""
-        if path not in PATHS or talk.wants_progress or (talk.is_several and (stream or path in NATIVE)):
+        if path not in PATHS or talk.is_odd or talk.wants_progress or (talk.is_several and (stream or path in NATIVE)):
             return None
         if (stream and path in MESSAGES) or (not stream and path in NATIVE and talk.is_cut_out):
             return None
@@ -86,10 +87,10 @@ class Stoppable:
         source = self.source
         if self.continuing is not None:
             source, more = self.continuing.body, b',"timings_per_token":true' + more
-        end = len(source)
-        while source[end - 1] in _BLANKS:
-            end -= 1
-        return b"".join((memoryview(source)[: end - 1], more))
+        end = _end(source, len(source)) - 1
+        if source[_end(source, end) - 1] == _OPENS:  # there is nothing in it
+            more = more[1:]
+        return b"".join((memoryview(source)[:end], more))
 
     def on(self, backend: Backend) -> "Stoppable | None":
         """None where the request is to be sent as it is: to who is no llama-server, or makes no whole of such answers."""
@@ -153,6 +154,13 @@ class Stoppable:
         if self.path in MESSAGES:
             return MessageAssembly()
         return NativeAssembly() if self.path in NATIVE else Assembly()
+
+
+def _end(source: bytes | bytearray, end: int) -> int:
+    """Of what stands before `end`, without blanks behind it."""
+    while source[end - 1] in _BLANKS:
+        end -= 1
+    return end
 
 
 async def _first_event(connection: Connection) -> bytes:

@@ -1,0 +1,211 @@
+"""HTTP/2, which Hypercorn speaks and `web.protocols` bounds: what is odd on one stream is that stream's alone."""
+
+import contextlib
+from collections import defaultdict
+
+import attrs
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.web.site import BODY, CHAT, Client, open_site
+from tests.web.test_app import EVENTS, STREAM, Server, chunk
+from trio_router.telemetry.events import Outcome
+
+Fields = list[tuple[bytes, bytes]]
+LAST = b"0\r\n\r\n"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+PING = b"\0\0\x08\x06\0\0\0\0\0" + b"12345678"
+
+
+@attrs.define
+class Speaker:
+    """A client that speaks HTTP/2."""
+
+    client: Client
+    window: int = 65535
+    """Of each stream."""
+    opens_more: bool = True
+    """Whether it makes room again for what it has taken."""
+    speech: h2.connection.H2Connection = attrs.field(init=False)
+    status: dict[int, bytes] = attrs.field(factory=dict)
+    body: defaultdict[int, bytes] = attrs.field(factory=lambda: defaultdict(bytes))
+    ended: dict[int, str] = attrs.field(factory=dict)
+
+    async def begin(self) -> "Speaker":
+        config = h2.config.H2Configuration(
+            client_side=True, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False
+        )
+        self.speech = h2.connection.H2Connection(config)
+        codes = h2.settings.SettingCodes
+        self.speech.local_settings = h2.settings.Settings(
+            client=True, initial_values={codes.INITIAL_WINDOW_SIZE: self.window, codes.ENABLE_PUSH: 0}
+        )
+        self.speech.initiate_connection()
+        await self.flush()
+        return self
+
+    async def flush(self) -> None:
+        if data := self.speech.data_to_send():
+            await self.client.say(data)
+
+    async def ask(self, method: bytes, path: bytes, more: Fields = [], body: bytes = b"") -> int:  # noqa: B006
+        stream = self.speech.get_next_available_stream_id()
+        fields = [(b":method", method), (b":authority", b"localhost")]
+        if path:
+            fields += [(b":scheme", b"http"), (b":path", path)]
+        self.speech.send_headers(stream, [*fields, *more], end_stream=not body)
+        if body:
+            self.speech.send_data(stream, body, end_stream=True)
+        await self.flush()
+        return stream
+
+    async def hear(self, stream: int) -> tuple[int, bytes]:
+        """Its status and body, once it has ended."""
+        while stream not in self.ended:
+            data = await self.client.stream.receive_some(65536)
+            assert data, "the connection ended"
+            for event in self.speech.receive_data(data):
+                match event:
+                    case h2.events.ResponseReceived():
+                        self.status[event.stream_id] = dict(event.headers)[b":status"]
+                    case h2.events.DataReceived():
+                        self.body[event.stream_id] += event.data
+                        if self.opens_more:
+                            self.speech.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                    case h2.events.StreamEnded():
+                        self.ended[event.stream_id] = "whole"
+                    case h2.events.StreamReset():
+                        self.ended.setdefault(event.stream_id, "reset")
+            await self.flush()
+        return int(self.status.get(stream, b"0")), self.body[stream]
+
+
+async def test_streams_side_by_side(sockets):
+    async with open_site(sockets, Server(), slots=2) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        asked = [await speaker.ask(b"POST", CHAT.encode(), body=BODY) for _ in range(5)]
+        for stream in asked:
+            assert await speaker.hear(stream) == (200, b'{"ok":true}')
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more"),
+    [
+        (b"CONNECT", b"/", [(b":protocol", b"websocket")]),
+        (b"CONNECT", b"", []),
+        (b"G\xc3\xa9T", b"/livez", []),
+        (b"GET x", b"/livez", []),
+        (b"GET", b"/\xff", []),
+        (b"POST", b"/tokenize?\xff", []),
+        (b"POST", b"/tokenize?a b", []),
+        (b"GET", b"/livez", [(b"x-odd", b"a\x01b")]),
+    ],
+)
+async def test_a_request_that_cannot_be_passed_on_ends_nothing_but_itself(sockets, method, path, more):
+    go_on = trio.Event()
+    server = Server(STREAM, chunk(EVENTS[0]), go_on, chunk(EVENTS[1]), LAST)
+    async with open_site(sockets, server) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        streaming = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+        for body in (b"", b"x" * 10_000):
+            status, words = await speaker.hear(await speaker.ask(method, path, more, body))
+            assert status == 400
+            assert b'"code": "bad_request"' in words
+        go_on.set()
+        assert await speaker.hear(streaming) == (200, EVENTS[0] + EVENTS[1])
+        assert len(server.asked) == 1
+
+
+async def test_what_comes_behind_an_answer_ends_nothing(sockets):
+    """A body that is too large: it is answered before it is there."""
+    async with open_site(sockets, Server(), api={"max_body_mb": 1}) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        fields = [
+            (b":method", b"POST"), (b":scheme", b"http"), (b":authority", b"localhost"), (b":path", CHAT.encode()),
+            (b"content-length", b"9000000"),
+        ]  # fmt: skip
+        stream = speaker.speech.get_next_available_stream_id()
+        speaker.speech.send_headers(stream, fields)
+        await speaker.flush()
+        status, words = await speaker.hear(stream)
+        assert (status, b"request_too_large" in words or b"too_large" in words) == (413, True)
+        speaker.speech.send_data(stream, b"x" * 1000)
+        await speaker.flush()
+        assert await speaker.hear(await speaker.ask(b"POST", CHAT.encode(), body=BODY)) == (200, b'{"ok":true}')
+
+
+async def test_a_stream_without_a_window_is_given_up(sockets, autojump_clock: MockClock):
+    """Its slot is free after the stall, and the others of its connection go on."""
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        speaker = await Speaker(client, window=0).begin()
+        stream = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+        began = trio.current_time()
+        await speaker.hear(stream)
+        assert speaker.ended[stream] == "reset"
+        assert 59 < trio.current_time() - began < 62
+        await site.until_idle()
+        assert (await site.told())[0].outcome in {Outcome.CANCELLED, Outcome.OK}
+        other = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+        speaker.speech.increment_flow_control_window(1000, other)
+        await speaker.flush()
+        assert await speaker.hear(other) == (200, b'{"ok":true}')
+
+
+async def test_a_stream_that_floods_a_client_without_a_window(sockets, autojump_clock: MockClock):
+    flood = [chunk(b"data: " + b"x" * 60_000 + b"\n\n")] * 20
+    server = Server(STREAM, *flood, LAST)
+    async with open_site(sockets, server) as site, site.client() as client:
+        speaker = await Speaker(client, window=10, opens_more=False).begin()
+        stream = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+        await speaker.hear(stream)
+        assert speaker.ended[stream] == "reset"
+        assert (await site.told())[0].outcome is Outcome.CANCELLED
+        await site.until_idle()
+
+
+async def test_a_slow_client_that_goes_on_is_waited_for(sockets, autojump_clock: MockClock):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        speaker = await Speaker(client, window=0, opens_more=False).begin()
+        stream = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def _open() -> None:
+                for _ in range(len(b'{"ok":true}')):
+                    await trio.sleep(40)
+                    speaker.speech.increment_flow_control_window(1, stream)
+                    await speaker.flush()
+
+            assert await speaker.hear(stream) == (200, b'{"ok":true}')
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        PREFACE[:10], PREFACE[:16], PREFACE, PREFACE + b"\0\0\0\x04\0\0\0\0\0",
+        PREFACE + b"\0\0\0\x04\0\0\0\0\0" + b"\0\0\x01\x01\0\0\0\0\x01\x82",  # HEADERS, and no end of them
+    ],
+)  # fmt: skip
+async def test_who_never_asks_has_an_end(sockets, said, autojump_clock: MockClock):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        began = trio.current_time()
+        await client.say(said)
+        await client.ended()
+        assert 29 < trio.current_time() - began < 33
+
+
+async def test_who_only_pings_has_an_end(sockets, autojump_clock: MockClock):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        assert (await speaker.hear(await speaker.ask(b"GET", b"/livez")))[0] == 200
+        began = trio.current_time()
+        with contextlib.suppress(trio.BrokenResourceError):
+            while trio.current_time() - began < 100:
+                await client.say(PING)
+                await trio.sleep(1)
+        assert 29 < trio.current_time() - began < 35

@@ -1,0 +1,232 @@
+"""Hypercorn's HTTP/1 and HTTP/2, as they are spoken here: strict where others might read differently, bounded, with words.
+
+HTTP/1 forgives no line that the data plane's parser does not (`web.head.StrictBuffer`). Empty lines before a request are
+nothing (RFC 9112 section 2.2), nor is what comes behind the last request of a connection (section 9.6). An upgrade to
+HTTP/2 (`h2c`, which RFC 9113 has given up) is not taken: who wants HTTP/2 begins with it.
+
+HTTP/2 answers a request that cannot be passed on, and the other streams of its connection go on; and a client that opens
+no window for a stream loses that stream as one that reads nothing loses its connection.
+"""
+
+import contextlib
+import json
+from typing import Any, Final, TypeVar, cast
+
+import h2.config
+import h2.errors
+import h2.events
+import h2.exceptions
+import h2.settings
+import h11
+import trio
+from hypercorn.events import Event, RawData
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.protocol.events import Body, EndBody
+from hypercorn.protocol.events import Event as StreamEvent
+from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, H2Protocol
+from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
+
+from trio_router.backend.answer import Headers
+from trio_router.errors import HeadRefused
+from trio_router.web.admission import request_id
+from trio_router.web.dataplane import WRITE_STALL_SECONDS
+from trio_router.web.head import CONTROL, CONTROL_CHARACTERS, METHOD, NO_WEBSOCKETS, TARGET, StrictBuffer
+
+ANSWERING: Final = frozenset({h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY})
+
+TOLD_SECONDS: Final = 1.0
+"""Within this, whoever answers a stream has been told that it is over, and is cancelled: it is to send no more."""
+
+
+class Parser(h11.Connection):
+    """h11's, with a buffer that forgives nothing; and between requests and behind the last one there may be things."""
+
+    why: str = ""
+    """What was wrong."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(h11.SERVER, max_incomplete_event_size=most)
+        self._receive_buffer: StrictBuffer = StrictBuffer()  # h11 has no setting for it
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """As h11 has it. Raises h11.RemoteProtocolError."""
+        buffer = self._receive_buffer
+        if self.their_state is h11.IDLE and not buffer.begins():
+            return h11.NEED_DATA
+        if self.their_state is h11.MUST_CLOSE and buffer:
+            if self.our_state in ANSWERING:
+                return h11.PAUSED
+            buffer.clear()
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                _check_upgrade(event)
+        except h11.RemoteProtocolError as error:
+            self.why = str(error)
+            raise
+        return event
+
+
+def _check_upgrade(request: h11.Request) -> None:
+    """Raise h11.RemoteProtocolError for a WebSocket: Hypercorn does not survive all of them (pgjones/hypercorn#225)."""
+    if any(name == b"upgrade" and value.strip().lower() == b"websocket" for name, value in request.headers):
+        raise h11.RemoteProtocolError(NO_WEBSOCKETS)
+
+
+class Http1(H11Protocol):
+    """One connection's."""
+
+    connection: Parser
+
+    async def initiate(self) -> None:
+        """Begin."""
+        self.connection = Parser(self.config.h11_max_incomplete_size)
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        if (event.method, event.target, event.http_version) == (b"PRI", b"*", b"2.0"):
+            await super()._check_protocol(event)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        headers, body = refused(self.connection.why, status_code)
+        headers += [(b"connection", b"close"), *self.config.response_headers("h11")]
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        await self._send_h11_event(h11.Data(data=body))
+        await self._send_h11_event(h11.EndOfMessage())
+
+
+class Http2(H2Protocol):
+    """One connection's."""
+
+    _patience: dict[int, trio.CancelScope]
+    """By stream; of those that something waits to be sent on."""
+
+    async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
+        """Begin."""
+        self._patience = {}
+        offered = {
+            **self.connection.local_settings,
+            h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 0,
+        }  # no WebSockets
+        self.connection.local_settings = h2.settings.Settings(client=False, initial_values=cast("Any", offered))
+        await super().initiate(headers, settings)
+
+    async def _handle_events(self, events: list[h2.events.Event]) -> None:
+        for event in events:
+            if isinstance(event, h2.events.RequestReceived) and (why := _unfit(event)) is not None:
+                await self._refuse(event, why)
+            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
+                # it was answered by its head; to Hypercorn that is a bug of its own, and the connection's end
+                with contextlib.suppress(h2.exceptions.ProtocolError):
+                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+            else:
+                await super()._handle_events([event])
+        await self._flush()
+
+    async def _refuse(self, event: h2.events.RequestReceived, why: str) -> None:
+        headers, body = refused(why, 400)
+        stream = event.stream_id
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # it is over, or wants no words
+            self.connection.send_headers(stream, [(b":status", b"400"), *headers])
+            self.connection.send_data(stream, body, end_stream=True)
+        with contextlib.suppress(h2.exceptions.ProtocolError):  # all of it is there
+            self.connection.reset_stream(stream, h2.errors.ErrorCodes.NO_ERROR)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """Send on a stream; wait while its client takes something now and then."""
+        if not isinstance(event, Body | EndBody):
+            await super().stream_send(event)
+            return
+        with trio.CancelScope(deadline=trio.current_time() + WRITE_STALL_SECONDS) as patience:
+            self._patience[event.stream_id] = patience
+            try:
+                await self._room(event.stream_id)
+                await super().stream_send(event)
+            finally:
+                del self._patience[event.stream_id]
+        if patience.cancelled_caught:
+            await self._give_up(event.stream_id)
+            if isinstance(event, Body):
+                await trio.sleep(TOLD_SECONDS)
+
+    async def _room(self, stream_id: int) -> None:
+        """Wait until little enough of a stream is buffered. Hypercorn's push does not, if anything at all has been sent."""
+        buffer = self.stream_buffers.get(stream_id)
+        while buffer is not None and len(buffer.buffer) >= BUFFER_HIGH_WATER:
+            await buffer._paused.clear()  # noqa: SLF001  (no other says when something was taken out)
+            await buffer._paused.wait()  # noqa: SLF001
+
+    async def _send_data(self, stream_id: int) -> None:
+        if (patience := self._patience.get(stream_id)) is not None:
+            with contextlib.suppress(h2.exceptions.ProtocolError):
+                if self.connection.local_flow_control_window(stream_id) > 0:
+                    patience.deadline = trio.current_time() + WRITE_STALL_SECONDS
+        await super()._send_data(stream_id)
+
+    async def _give_up(self, stream_id: int) -> None:
+        with contextlib.suppress(h2.exceptions.ProtocolError):
+            self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.CANCEL)
+        await self._flush()
+        await self._close_stream(stream_id)  # tells whoever answers it
+        await self._window_updated(stream_id)  # has its buffer dropped
+
+
+_Spoken = TypeVar("_Spoken", Http1, Http2)
+
+
+class Protocols(ProtocolWrapper):
+    """The one that a connection speaks: HTTP/1 until it begins with the words that say HTTP/2."""
+
+    protocol: Http1 | Http2
+
+    @classmethod
+    def of(cls, wrapper: ProtocolWrapper) -> "Protocols":
+        """In the place of Hypercorn's own."""
+        return cls(
+            wrapper.app, wrapper.config, wrapper.context, wrapper.task_group, wrapper.state, wrapper.ssl,
+            wrapper.client, wrapper.server, wrapper.send,
+        )  # fmt: skip
+
+    async def initiate(self) -> None:
+        """Begin."""
+        self.protocol = self._speak(Http1)
+        await self.protocol.initiate()
+
+    async def handle(self, event: Event) -> None:
+        """Something was read, or all is over."""
+        try:
+            await self.protocol.handle(event)
+        except H2ProtocolAssumedError as assumed:
+            self.protocol = self._speak(Http2)
+            await self.protocol.initiate()
+            await self.protocol.handle(RawData(data=assumed.data))
+
+    def _speak(self, protocol: type[_Spoken]) -> _Spoken:
+        return protocol(
+            self.app, self.config, self.context, self.task_group, self.state, self.ssl,
+            self.client, self.server, self.send,
+        )  # fmt: skip
+
+
+def _unfit(event: h2.events.RequestReceived) -> str | None:
+    """Why a request cannot be passed on."""
+    fields = dict(event.headers)
+    if fields[b":method"].upper() == b"CONNECT":
+        return NO_WEBSOCKETS if b":protocol" in fields else "CONNECT is not spoken here"
+    if METHOD.fullmatch(fields[b":method"]) is None or TARGET.fullmatch(fields[b":path"]) is None:
+        return "the method or the path has characters that do not belong there"
+    if any(CONTROL.search(value) for _, value in event.headers):
+        return CONTROL_CHARACTERS
+    return None
+
+
+def refused(message: str, status: int) -> tuple[Headers, bytes]:
+    """Headers and body of a refusal."""
+    body = json.dumps(HeadRefused(message, status=status).body()).encode()
+    identity = request_id(None).encode("ascii")
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-request-id", identity),
+        (b"request-id", identity),
+        (b"content-length", b"%d" % len(body)),
+    ]
+    return headers, body
