@@ -28,7 +28,7 @@ The cases, in order; the numbers stand beside the code that is their case:
 8. Else too many residents have their turn: the request waits, and when the first of these turns ends is looked at again.
 
 A model that waits (6 to 8) has a claim to the memory it needs: models that come after it in the order are started
-beside that, not from it.
+beside that, not from it. One that waits in 8 has none to a place that is free: whoever leaves for it leaves a place, too.
 """
 
 import math
@@ -308,7 +308,8 @@ class _Plan:
                 self._make_leave(victim, model)  # 7
             self.room = self.room.less(self.room.spot_soon(model.need) or Spot())
         else:
-            self.room = self.room.claimed(model.need)  # 8
+            self.room = self.room.claimed(model.need)  # 8; a place it will have from whoever leaves for it
+            return
         self._take_place()
 
     @property
@@ -316,11 +317,11 @@ class _Plan:
         return self.free > 0 or self.promised > 0
 
     def _take_place(self) -> None:
-        """One of them, if there is any, for a model that waits."""
-        if self.free > 0:
-            self.free -= 1
-        elif self.promised > 0:
+        """One of them, if there is any, for a model that waits: one that is free is rather for who can start now."""
+        if self.promised > 0:
             self.promised -= 1
+        elif self.free > 0:
+            self.free -= 1
 
     def _victims(self, model: ModelSnapshot) -> Sequence[ModelSnapshot] | None:
         """Who makes room for `model`; None when too few can, and it is looked at again when more can."""
