@@ -24,34 +24,34 @@ import trio
 from trio_router.backend.backend import Backend
 from trio_router.backend.launch import Launcher
 from trio_router.backend.lifecycle import State
-from trio_router.backend.supervisor import Supervisor, SupervisorSettings, new_journal
-from trio_router.config.schema import ModelConfig, RouterConfig
+from trio_router.backend.supervisor import Supervisor
+from trio_router.config.schema import RouterConfig
 from trio_router.errors import (
     DeadlineExceeded,
     DeadlineUnreachable,
     QueueFull,
     QueueTimeout,
     ShuttingDown,
-    UnknownModel,
 )
 from trio_router.fleet.estimate import LoadPace
 from trio_router.fleet.explain import Plan
 from trio_router.fleet.model import Model
 from trio_router.fleet.names import Names
 from trio_router.fleet.placement import Decision, Refuse, Retire, Snapshot, Start, decide
-from trio_router.fleet.planner import decided, place_in, plan_for
+from trio_router.fleet.planner import decided, plan_for
 from trio_router.fleet.refusal import no_room
 from trio_router.fleet.reload import Changes
-from trio_router.fleet.replicas import events_of, say_whether_they_grow, wish_for
+from trio_router.fleet.replicas import say_whether_they_grow, wish_for
 from trio_router.fleet.residents import Residents
-from trio_router.fleet.scheduler import Lease, Scheduler
+from trio_router.fleet.roster import enlist, reconfigure
+from trio_router.fleet.scheduler import Lease
 from trio_router.fleet.ticket import Priority, Ticket
 from trio_router.fleet.turns import TurnRules
 from trio_router.memory.devices import UNKNOWN, DeviceMonitor
 from trio_router.memory.host import HostMemory, has_unseen_gpu
 from trio_router.memory.ledger import MIB, Ledger
 from trio_router.memory.room import Room, Shortage
-from trio_router.telemetry.events import Events, Reloaded, RequestFinished, ServerChanged, UnloadReason
+from trio_router.telemetry.events import Events, RequestFinished, ServerChanged, UnloadReason
 from trio_router.telemetry.facts import FleetFacts
 
 log = structlog.get_logger("trio_router.fleet")
@@ -105,14 +105,16 @@ class Registry:
     """The last ones, oldest first."""
     names: Names = attrs.field(init=False)
     """Everything that a client may call a model."""
-    _numbers: "itertools.count[int]" = attrs.field(factory=itertools.count)
+    numbers: "itertools.count[int]" = attrs.field(factory=itertools.count)
+    """For models and replicas that are made."""
+    someone_waits: bool = False
+    """Whether a wanted model got no place: each that becomes idle is then worth a look."""
     _mail: trio.MemorySendChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
     _inbox: trio.MemoryReceiveChannel[_Look | _Eject | _Renew] = attrs.field(init=False)
     _look_posted: bool = False
-    _someone_waits: bool = False
 
     def __attrs_post_init__(self) -> None:
-        self._bound_memory()
+        self.bound_memory()
         if self.devices is not None:
             self.devices.on_sample = self._sampled
         # without a bound: looks are coalesced to one, and each other letter has a client that waits for it
@@ -132,56 +134,8 @@ class Registry:
         registry = cls(
             config=config, models={}, events=events, launcher=launcher, devices=devices, supervising=supervising
         )
-        registry.models = {alias: registry._new(entry) for alias, entry in config.models.items()}
+        registry.models = {alias: enlist(registry, entry) for alias, entry in config.models.items()}
         return registry
-
-    def _new(self, entry: ModelConfig) -> Model:
-        model = self._one(entry, None)
-        self._replicate(model, entry)
-        return model
-
-    def _replicate(self, model: Model, entry: ModelConfig) -> None:
-        """Give a model the replicas that its entry says, in the place of those it had."""
-        model.replicas = [self._one(entry, model) for _ in range(entry.replicas - 1)]
-        model.scheduler.followers = [replica.scheduler for replica in model.replicas]
-
-    def _one(self, entry: ModelConfig, leader: Model | None) -> Model:
-        """A model, or a replica of `leader`."""
-        system = self.config.system
-        scheduler = Scheduler(
-            alias=entry.alias,
-            slots=entry.slots,
-            max_waiting=system.max_queue_size_per_model,
-            cache_affinity=system.cache_affinity,
-        )
-        model = Model(
-            config=entry,
-            scheduler=scheduler,
-            events=self.events,
-            look=self.look,
-            devices=self.devices,
-            loads=self.loads,
-            ledger=self.ledger,
-        )
-        model.room_in = lambda head: place_in(self, model, head)
-        scheduler.opens_in = model.opens_in
-        model.supervisor = self.supervising(
-            model=entry,
-            number=next(self._numbers),
-            launcher=self.launcher,
-            settings=SupervisorSettings.of(system),
-            gate=model,
-            events=self.events,
-        )
-        if leader is not None:
-            model.leader, model.number = leader, model.supervisor.number
-            model.supervisor.events = events_of(model, self.events)
-            scheduler.leader = leader.scheduler
-            scheduler.changed = leader.tell_counts
-        scheduler.demand = self.look
-        scheduler.contended = self._someone_waits
-        scheduler.rest = lambda: self._rested(model)
-        return model
 
     @property
     def draining(self) -> bool:
@@ -344,53 +298,18 @@ class Registry:
         return True, previous
 
     def apply(self, changes: Changes) -> None:
-        """Go by another configuration from now on.
+        """Go by another configuration from now on."""
+        reconfigure(self, changes)
 
-        A model whose own entry changed leaves memory as by an eject, and comes back with the new entry if it was
-        loaded; those who wait for it wait on. One that was taken out leaves too, and those who wait are told.
-        """
-        before, self.config = self.config, changes.config
-        self.names = Names.of(self.config.models.values())
+    def renew(self, model: Model) -> None:
+        """Have a model leave memory, and come back if its entry in the configuration is another one."""
+        self._mail.send_nowait(_Renew(model=model))
+
+    def bound_memory(self) -> None:
+        """Go by what the configuration says of memory."""
         system = self.config.system
-        self._bound_memory()
-        for alias in changes.removed:
-            model = self.models[alias]
-            model.refused(UnknownModel(f"model {alias!r} was taken out of the configuration", param="model"))
-            model.supervisor.journal.close()
-            self._part_from(model, *model.replicas)
-        for alias in changes.changed:
-            self._part_from(*self.models[alias].replicas)
-        returning = {model.alias: model for model in self.leaving if model.alias in changes.added}
-        self.leaving = [model for model in self.leaving if model.alias not in returning]
-        for model in returning.values():
-            model.supervisor.journal = new_journal()
-        known = {**self.models, **returning}
-        self.models = {alias: known.get(alias) or self._new(entry) for alias, entry in self.config.models.items()}
-        for alias, model in self.models.items():
-            model.supervisor.settings = SupervisorSettings.of(system)
-            model.scheduler.max_waiting = system.max_queue_size_per_model
-            model.take(self.config.models[alias].policy)
-            model.scheduler.cache_affinity = system.cache_affinity
-            if alias in changes.changed or alias in returning:
-                model.pending = self.config.models[alias]
-                if model.state.resident:
-                    self._mail.send_nowait(_Renew(model=model))
-                else:
-                    model.renew()
-                self._replicate(model, self.config.models[alias])
-            for replica in model.replicas:
-                replica.supervisor.settings = SupervisorSettings.of(system)
-            if alias in system.preload_models and alias not in before.system.preload_models:
-                model.preload = True
-        self.events.emit(Reloaded(aliases=tuple(self.models)))
-        self.look()
-
-    def _part_from(self, *models: Model) -> None:
-        """They are in the configuration no more: those in memory leave."""
-        for model in models:
-            if model.state.resident:
-                self.leaving.append(model)
-                self._mail.send_nowait(_Renew(model=model))
+        self.ledger.reserve_bytes = system.vram_reserve_mb * MIB
+        self.ledger.ram_bytes = None if system.ram_budget_mb is None else system.ram_budget_mb * MIB
 
     # --- the task ---------------------------------------------------------------------------------
 
@@ -400,10 +319,11 @@ class Registry:
             self._look_posted = True
             self._mail.send_nowait(_Look())
 
-    def _rested(self, model: Model) -> None:
+    def rested(self, model: Model) -> None:
+        """Nothing runs on it, and nobody waits for it."""
         model.used()
         unusual = model.retiring is not None or model.scheduler.backend is None or model.keep_seconds is not None
-        if self._someone_waits or unusual:
+        if self.someone_waits or unusual:
             self.look()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -436,13 +356,8 @@ class Registry:
 
     def _sampled(self) -> None:
         """The GPUs were looked at."""
-        if self._someone_waits:
+        if self.someone_waits:
             self.look()
-
-    def _bound_memory(self) -> None:
-        system = self.config.system
-        self.ledger.reserve_bytes = system.vram_reserve_mb * MIB
-        self.ledger.ram_bytes = None if system.ram_budget_mb is None else system.ram_budget_mb * MIB
 
     def room(self) -> Room:
         """What may be reserved now: the one answer to whether something fits."""
@@ -523,8 +438,8 @@ class Registry:
             elif model.scheduler.paused:
                 model.scheduler.resume()
                 self.look()  # those who got a lease wait no more
-        if self._someone_waits != decision.someone_waits:
-            self._someone_waits = decision.someone_waits
+        if self.someone_waits != decision.someone_waits:
+            self.someone_waits = decision.someone_waits
             for model in self.everyone():
                 model.scheduler.contended = decision.someone_waits
         say_whether_they_grow(self.models.values())
