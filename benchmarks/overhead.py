@@ -13,6 +13,7 @@ from benchmarks.peers import (
     Peer,
     Place,
     a_place,
+    bare_trio,
     find_llama_swap,
     llama_server,
     llama_server_router,
@@ -203,6 +204,7 @@ def on_tokenize(report: Report) -> None:
         ]
         if find_nginx():
             peers.append(stack.enter_context(nginx(place, direct)))
+        peers.append(stack.enter_context(bare_trio(place, direct)))
         load = Load(
             mode="closed", target="", connections=0, body=TOKENIZE, path="/tokenize",
             seconds=0.8 if quick else 2.0, warmup=0.2,

@@ -260,6 +260,19 @@ def nginx(place: Place, backend: Peer, *, name: str = "nginx") -> Iterator[Peer]
 
 
 @contextmanager
+def bare_trio(place: Place, backend: Peer) -> Iterator[Peer]:
+    """Bytes passed on by trio to `backend`, on TCP, and nothing else: the floor of what we can add."""
+    name, port = "bare trio", free_port()
+    command = [sys.executable, "-m", "benchmarks.bare_trio", str(port), backend.target.rpartition(":")[2]]
+    process = start_pinned(command, place.server_core, log=place.log(name))
+    try:
+        until_answered(f"127.0.0.1:{port}", "/health", log=place.log(name))
+        yield Peer(name=name, target=f"127.0.0.1:{port}", pids=[process.pid])
+    finally:
+        stop(process)
+
+
+@contextmanager
 def llama_server_router(
     place: Place,
     server: LlamaServer,
