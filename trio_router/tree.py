@@ -24,7 +24,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import suppress
 from functools import partial
 from typing import TextIO, cast
@@ -38,9 +38,11 @@ from trio_router import __version__
 from trio_router.backend.address import private_folder
 from trio_router.backend.binding import Binding
 from trio_router.backend.launch import Launcher
+from trio_router.backend.pump import Pump
 from trio_router.backend.reaper import reaping
 from trio_router.config import LlamaServer
 from trio_router.config.schema import RouterConfig
+from trio_router.errors import ShuttingDown
 from trio_router.fleet.footprints import Footprints
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.reload import Changes
@@ -65,6 +67,7 @@ from trio_router.web.streams import Streams
 from trio_router.web.waiting_streams import WaitingStreams
 
 LAST_WORDS_SECONDS = 0.5
+LOOK_SECONDS = 0.05
 """How long the end waits for refusals to be written, and for streams that their clients do not read."""
 
 log = structlog.get_logger("trio_router")
@@ -158,6 +161,7 @@ async def serve(
             await root.start(streams.run)
             await root.start(waiting_streams.run)
             await root.start(notifier.run, registry.facts)
+            Pump.here()  # now: later there may be no file left for it
             plane = DataPlane(
                 registry=registry,
                 events=events,
@@ -176,7 +180,7 @@ async def serve(
             spare_the_collector()
             registry.enter("ready")
             announce(config, bound_port(sockets))
-            stop = partial(drain_and_stop, root.cancel_scope, registry, plane.in_flight)
+            stop = partial(drain_and_stop, root.cancel_scope, registry, plane.in_flight, under_way)
             root.start_soon(heed_signals, signals, root.cancel_scope, registry, reloader, stop)
     events.settle()
     log.info("stopped")
@@ -225,9 +229,16 @@ async def heed_signals(
                 nursery.start_soon(stop)
 
 
-async def drain_and_stop(root: trio.CancelScope, registry: Registry, in_flight: InFlight) -> None:
-    """Let what runs finish, then stop."""
+async def drain_and_stop(
+    root: trio.CancelScope, registry: Registry, in_flight: InFlight, under_way: Collection[Exchange]
+) -> None:
+    """Let what runs finish, for as long as it may, then stop."""
+    give_up = trio.current_time() + registry.config.system.drain_timeout_sec
     await registry.drain(registry.config.system.drain_timeout_sec)
+    while under_way and trio.current_time() < give_up:  # noqa: ASYNC110  (some clients take their time; nobody tells of the last)
+        await trio.sleep(LOOK_SECONDS)
+    for exchange in list(under_way):
+        exchange.cancel(ShuttingDown("the router is shutting down"))
     with trio.move_on_after(LAST_WORDS_SECONDS):
         await in_flight.until_none()  # they were told that we drain; some may not have written or read it yet
     root.cancel()

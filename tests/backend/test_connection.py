@@ -705,6 +705,24 @@ async def test_what_a_dead_backend_had_said_is_salvaged():
             await connection.receive()
 
 
+async def test_an_answer_before_the_body_was_read():
+    """It is taken, although the rest of the request is nobody's."""
+    async with linked() as (connection, peer), trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def _answer_early() -> None:
+            await peer.receive_some(10)
+            await peer.send_all(answer(b"too large", status="413 Payload Too Large"))
+            await peer.aclose()
+
+        await connection.send(REQUEST, b"x" * 4_000_000)
+        assert (await connection.receive_head()).status == 413
+        assert await connection.receive() == b"too large"
+        assert connection.complete
+        connection.finish()
+        assert not connection.reusable
+
+
 @pytest.mark.parametrize(
     ("sent", "body", "whole"), [(answer(b"all"), b"all", True), (STREAM_HEAD + b"1\r\na\r\n", b"a", False)]
 )

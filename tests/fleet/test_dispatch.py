@@ -169,11 +169,11 @@ async def test_1_then_the_other_cases_hold(servers: FakeServers, autojump_clock:
 
 async def test_2_a_backend_that_lives_on_is_not_asked_again(servers: FakeServers, autojump_clock: MockClock) -> None:
     async with ready(servers) as fleet:
-        request = Request(fleet, [breaks(BackendLost("answered with something that is not HTTP (x)"))])
+        request = Request(fleet, [breaks(BackendLost("it answered with something that is not HTTP (x)"))])
         with pytest.raises(BackendBroken) as caught:
             await request.run()
         error = caught.value
-        assert error.message == "the llama-server of model 'a' answered with something that is not HTTP (x)"
+        assert error.message == "the llama-server of model 'a': it answered with something that is not HTTP (x)"
         assert (error.status, error.code, error.details) == (502, "bad_backend_response", {"model": "a"})
         assert isinstance(error.__cause__, BackendLost)
         assert trio.current_time() == 2 + DEATH_SECONDS, "it was given the time to die"

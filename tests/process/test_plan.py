@@ -23,7 +23,8 @@ def test_a_plan_and_what_then_happens(start_router: StartRouter, capsys) -> None
     assert told == [("start", "a", []), ("evict", "b", ["a"]), ("start", "b", [])]
     assert decisions[1].keys() == plan.keys()
     assert router.get("/v1/router/decisions?last=1").json()["decisions"] == decisions[-1:]
-    assert router.get("/v1/router/decisions?last=x").json()["decisions"] == decisions
+    for last in ("x", "-1", "1.5", "9" * 10):
+        assert router.get(f"/v1/router/decisions?last={last}").json()["error"]["code"] == "invalid_request"
 
 
 def test_what_is_no_request(start_router: StartRouter) -> None:

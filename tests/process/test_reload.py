@@ -52,6 +52,19 @@ def test_only_what_changed_is_restarted_and_streams_of_others_go_on(
     assert router.status("b")["pid"] == pid
 
 
+@pytest.mark.parametrize("headers", [{}, {"TE": "trailers"}], ids=["lean", "quart"])
+def test_a_request_of_a_model_that_was_taken_out_can_be_cancelled(
+    start_router: StartRouter, record: Record, headers: dict[str, str]
+) -> None:
+    router = start_router(a=record.flags, b=[])
+    running = router.in_background("a", headers={**headers, "X-Request-ID": "mine"}, fake={"stall": True})
+    record.wait_for("started")
+    rewrite(router, '[models."a"]', '[models."c"]')
+    assert router.post("/v1/config/reload").status_code == 200
+    assert router.post("/v1/requests/mine/cancel").json() == {"status": "success", "cancelled": 1}
+    assert running.answer().json()["error"]["code"] == "request_cancelled"
+
+
 @pytest.mark.parametrize("by_signal", [False, True])
 def test_a_wrong_file_changes_nothing(start_router: StartRouter, *, by_signal: bool) -> None:
     router = start_router(a=[], b=[])

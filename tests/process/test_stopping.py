@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -84,9 +85,51 @@ def test_drain_is_bounded(start_router: StartRouter, record: Record, way: str) -
     router.terminate()
     assert router.wait() == 0
     assert 0.4 < time.monotonic() - began < 4
-    with contextlib.suppress(httpx.HTTPError):
-        assert running.answer().status_code == 503
+    answer = running.answer()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
     assert router.children() == set()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/v1/chat/completions", 'data: {"error"'), ("/v1/responses", "event: response.failed\n"),
+        ("/v1/messages", "event: error\n"),
+    ],
+)  # fmt: skip
+def test_a_stream_that_drains_too_long_is_told(
+    start_router: StartRouter, record: Record, path: str, word: str, way: str
+) -> None:
+    router = start_router(qwen=record.flags, system={"drain_timeout_sec": 0.5})
+    body = chat_body("qwen", stream=True, fake={"tokens": 1000, "token_seconds": 0.05})
+    text = []
+    reader = threading.Thread(target=lambda: text.append(router.post(path, body, headers=WAYS[way]).text))
+    reader.start()
+    record.wait_for("started")
+    router.terminate()
+    reader.join(10)
+    assert text[0].count(word) == 1
+    assert "shutting down" in text[0].rpartition(word)[2]
+    assert router.wait() == 0
+
+
+@pytest.mark.parametrize("by_quart", [False, True])
+def test_who_takes_an_answer_slowly_gets_all_of_it(start_router: StartRouter, *, by_quart: bool) -> None:
+    """llama-server is done with it, and its client is not."""
+    router = start_router(qwen=[])
+    router.chat("qwen")
+    body = json.dumps(chat_body("qwen", fake={"tokens": 10, "chunk_bytes": 18_000})).encode()
+    with router.start_raw(body, by_quart=by_quart) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        said = connection.recv(2048)
+        router.terminate()
+        while piece := connection.recv(2048):
+            said += piece
+            time.sleep(0.02)
+    head, _, rest = said.partition(b"\r\n\r\n")
+    assert f"content-length: {len(rest)}".encode() in head.lower()
+    assert router.wait() == 0
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import h11
 import pytest
+import quart.wrappers.request
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -479,6 +480,48 @@ async def test_a_body_that_never_comes(sockets, way, autojump_clock: MockClock):
         reply = await client.hear("POST")
         assert reply.code == (408, "request_timeout")
         assert trio.current_time() - began < 60
+
+
+async def test_a_stream_has_no_length(sockets, way):
+    """If its backend says one and breaks, the error event is more than that, or less."""
+    begun = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 300000\r\n\r\n" + EVENTS[0]
+    server = Server(begun, 0.05)
+
+    async def serve(stream: trio.SocketStream) -> None:
+        with trio.move_on_after(0.2):
+            await server(stream)
+        await stream.aclose()
+
+    async with open_site(sockets, serve) as site, site.client() as client:
+        for _ in range(2):
+            reply = await client.ask("POST", CHAT, way, b'{"model":"qwen","stream":true}')
+            assert "content-length" not in reply.headers
+            assert reply.whole
+            assert reply.body.startswith(EVENTS[0])
+            assert reply.body.count(b"error") >= 1
+
+
+@pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
+async def test_an_answer_that_has_no_body_has_no_end_of_it(sockets, way, status):
+    async with open_site(sockets, Server(b"HTTP/1.1 " + status + b"\r\n\r\n")) as site, site.client() as client:
+        for _ in range(2):
+            reply = await client.ask("POST", CHAT, way, BODY)
+            assert (reply.status, reply.body) == (int(status[:3]), b"")
+            assert "transfer-encoding" not in reply.headers
+        assert (await client.ask("GET", "/livez")).status == 200
+
+
+async def test_a_body_that_nobody_reads_is_not_kept(sockets, monkeypatch):
+    """A stream of states goes on, whatever its client sends after it asked."""
+    kept = []
+    monkeypatch.setattr(quart.wrappers.request.Body, "append", lambda _, data: kept.append(len(data)))
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        await client.say(request("GET", "/v1/models/status/stream", [("Content-Length", "100000000")]))
+        for _ in range(100):
+            await client.say(b"x" * 65536)
+        assert b"full_status" in await client.stream.receive_some(65536)
+        await until(lambda: sum(1 for count in kept if not count) > 10)
+        assert sum(kept) <= 1024 * 1024
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -10,8 +10,10 @@ import h2.events
 import h2.settings
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
+from tests.backend.peer import until
 from tests.web.site import BODY, CHAT, Client, open_site
 from tests.web.test_app import EVENTS, STREAM, Server, chunk
 from trio_router.telemetry.events import Outcome
@@ -140,16 +142,19 @@ async def test_what_comes_behind_an_answer_ends_nothing(sockets):
 
 
 async def test_a_stream_without_a_window_is_given_up(sockets, autojump_clock: MockClock):
-    """Its slot is free after the stall, and the others of its connection go on."""
-    async with open_site(sockets, Server()) as site, site.client() as client:
+    """The others of its connection go on."""
+    server = Server()
+    async with open_site(sockets, server) as site, site.client() as client:
         speaker = await Speaker(client, window=0).begin()
         stream = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
         began = trio.current_time()
+        await until(lambda: len(server.asked) == 1)
+        await site.until_idle()  # its slot is free before: llama-server has nothing more to do
+        assert trio.current_time() - began < 1
         await speaker.hear(stream)
         assert speaker.ended[stream] == "reset"
         assert 59 < trio.current_time() - began < 62
-        await site.until_idle()
-        assert (await site.told())[0].outcome in {Outcome.CANCELLED, Outcome.OK}
+        assert (await site.told())[0].outcome is Outcome.OK
         other = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
         speaker.speech.increment_flow_control_window(1000, other)
         await speaker.flush()
@@ -166,6 +171,59 @@ async def test_a_stream_that_floods_a_client_without_a_window(sockets, autojump_
         assert speaker.ended[stream] == "reset"
         assert (await site.told())[0].outcome is Outcome.CANCELLED
         await site.until_idle()
+
+
+async def test_priorities_of_streams_cost_nothing(sockets):
+    """RFC 9113 has given them up; a tree of some hundred was a second's work for each thousand frames."""
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        frames = [
+            b"\0\0\x05\x02\0" + (2 * (number % 1500) + 1).to_bytes(4, "big") + b"\0\0\0\0" + bytes([number % 250])
+            for number in range(1, 20_000)
+        ]
+        await client.say(b"".join(frames))
+        with trio.fail_after(5):
+            asked = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+            assert await speaker.hear(asked) == (200, b'{"ok":true}')
+
+
+async def test_more_streams_than_may_be_are_refused_alone(sockets):
+    go_on = trio.Event()
+    server = Server(STREAM, chunk(EVENTS[0]), go_on, chunk(EVENTS[1]), LAST)
+    async with open_site(sockets, server) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        speaker.speech.remote_settings = h2.settings.Settings(client=False)  # as if it had not heard how many may be
+        first = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+        others = [await speaker.ask(b"POST", CHAT.encode(), body=BODY) for _ in range(120)]
+        for stream in others[-21:]:
+            await speaker.hear(stream)
+            assert speaker.ended[stream] == "reset"
+        go_on.set()
+        assert await speaker.hear(first) == (200, EVENTS[0] + EVENTS[1])
+        for stream in others[:-21]:
+            assert (await speaker.hear(stream))[0] == 200
+
+
+@pytest.mark.parametrize("before", [False, True])
+async def test_who_says_goodbye_gets_what_it_asked_for(sockets, before):
+    go_on = trio.Event()
+    server = Server(STREAM, chunk(EVENTS[0]), go_on, chunk(EVENTS[1]), LAST)
+    async with open_site(sockets, server) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        if before:
+            left = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+            await trio.testing.wait_all_tasks_blocked()
+            speaker.speech.reset_stream(left)
+            await speaker.flush()
+            await site.until_idle()
+        stream = await speaker.ask(b"POST", CHAT.encode(), body=BODY)
+        await trio.testing.wait_all_tasks_blocked()
+        await client.say(b"\0\0\x08\x07\0\0\0\0\0" + b"\0" * 8)
+        await trio.testing.wait_all_tasks_blocked()
+        go_on.set()
+        assert await speaker.hear(stream) == (200, EVENTS[0] + EVENTS[1])
+        with trio.fail_after(5):
+            await client.ended()
 
 
 async def test_a_slow_client_that_goes_on_is_waited_for(sockets, autojump_clock: MockClock):

@@ -253,6 +253,26 @@ async def test_what_is_nested_too_deep(sockets, way):
             assert "too deep" in reply.error["message"]
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("said", ["nothing is at", "chunk"])
+async def test_who_is_refused_in_the_middle_of_a_body_gets_to_read_why(sockets, chunked, said):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        framing = ("Transfer-Encoding", "chunked") if chunked else ("Content-Length", "3000000")
+        path = "/nope" if said != "chunk" else CHAT
+        piece = b"10000\r\n" + b"x" * 65536 + b"\r\n" if chunked else b"x" * 65536
+        await client.say(request("POST", path, [("TE", "trailers"), framing]))
+        if said == "chunk":
+            if not chunked:
+                return
+            await client.say(b"no chunk\r\n")
+        for _ in range(40):
+            await client.say(piece)
+        with trio.fail_after(5):
+            reply = await client.hear("POST")
+            assert reply.status == (404 if said != "chunk" else 400)
+            await client.ended()
+
+
 SECRET = b"Authorization: Bearer sk-secret\r\n"
 H2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 

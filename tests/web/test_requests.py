@@ -129,3 +129,20 @@ async def test_keys_see_their_own_and_operators_all(sockets, way):
         assert (await site.ask("POST", "/v1/requests/1/cancel", key("a"))).code == (403, "admin_required")
         assert (await site.ask("POST", "/v1/requests/1/cancel", key("c"))).status == 200
         assert (await first.hear("POST")).code == (503, "request_cancelled")
+
+
+async def test_one_whose_client_takes_nothing_gives_its_slot_back(sockets, way):
+    flood = [chunk(b"data: " + b"x" * 60_000 + b"\n\n")] * 60
+    async with open_site(sockets, Server(STREAM, *flood, b"0\r\n\r\n")) as site, site.client() as client:
+        await client.say(saying("stuck", way))
+        await until_state(site, "answering")
+        await trio.sleep(0.1)
+        assert not site.model.scheduler.idle
+        reply = await site.ask("POST", "/v1/requests/stuck/cancel")
+        assert json.loads(reply.body) == {"status": "success", "cancelled": 1}
+        await site.until_idle()
+        # its client has yet to take what it may; there is nothing left to cancel
+        assert json.loads((await site.ask("POST", "/v1/requests/stuck/cancel")).body)["cancelled"] == 0
+        heard = await client.hear("POST")
+        assert heard.body.rstrip().endswith(b"}")
+        assert b"cancelled by an operator" in heard.body[-400:]

@@ -34,7 +34,7 @@ _END: Final = b"\r\n\r\n"
 _LENGTH: Final = re.compile(rb"\r\nContent-Length: ([0-9]{1,15})\r\n")
 _MOST_KNOWN: Final = 256
 _MAX_KNOWN_BYTES: Final = 2048
-_BODILESS: Final = frozenset({204, 304})
+BODILESS: Final = frozenset({204, 304})
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -136,7 +136,7 @@ class Reading:
     def _get_to_know(self, data: bytes) -> None:
         """Remember the head that `data`, the first bytes of an answer, begins with, if it is a plain one."""
         end = data.find(_END)
-        if end < 0 or not self.head_done or not self.keep_alive or self.status < 200 or self.status in _BODILESS:
+        if end < 0 or not self.head_done or not self.keep_alive or self.status < 200 or self.status in BODILESS:
             return
         names = [name for name, _ in self.headers]
         length = _LENGTH.search(data, 0, end + 2)

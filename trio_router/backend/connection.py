@@ -166,8 +166,12 @@ class Connection:
                 await self._send(head)
                 await self._send(body)
         except (OSError, trio.ClosedResourceError) as error:
-            self.close()
-            raise self._broke("the connection broke while the request was sent", stale=self._reused) from error
+            self.salvage()  # it may have answered before it had read all of it
+            self._salvaged = False
+            if not self._reading.done:
+                raise self._broke(
+                    "the connection broke while the request was sent", stale=self._reused and not self._answered
+                ) from error
 
     async def _send(self, data: bytes | bytearray) -> None:
         rest = memoryview(data)
@@ -214,7 +218,7 @@ class Connection:
         if reading.head is None:
             if reading.status < 200:
                 self.close()
-                raise BackendLost(f"answered with status {reading.status}")
+                raise BackendLost(f"it answered with status {reading.status}")
             reading.head = head_of(reading.status, kept(reading.headers))
             reading.headers = []
         return reading.head
@@ -327,11 +331,11 @@ class Connection:
                 reading.extra = True
                 return
             self.close()
-            raise BackendLost(f"answered with something that is not HTTP ({error})") from error
+            raise BackendLost(f"it answered with something that is not HTTP ({error})") from error
         reading.barren_bytes = 0 if reading.body or reading.done else reading.barren_bytes + len(data)
         if reading.barren_bytes > MAX_HEAD_BYTES:
             self.close()
-            raise BackendLost(f"answered with headers of more than {MAX_HEAD_BYTES} bytes")
+            raise BackendLost(f"it answered with headers of more than {MAX_HEAD_BYTES} bytes")
 
     def finish(self) -> None:
         """The exchange is over: keep the connection for the next one if it can carry one, else close it."""

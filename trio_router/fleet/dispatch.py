@@ -107,20 +107,17 @@ def _verdict(
         return (  # 2
             BackendUnavailable(f"model {alias!r}: {error}", param="model")
             if error.unsent
-            else BackendBroken(f"the llama-server of model {alias!r} {error}", details={"model": alias})
+            else BackendBroken(f"the llama-server of model {alias!r}: {error}", details={"model": alias})
         )
     if backend.unloaded:
         if registry.draining:
             return ShuttingDown("the router is shutting down")  # 3
         return BackendUnavailable(f"model {alias!r} was unloaded while the request ran", param="model")  # 3
-    words = backend.tail.last(8)
     used_up = retries >= registry.config.system.max_retries
     if deaths >= MAX_DEATHS and (used_up or backend.aboard <= 1):
-        return BackendCrashed(  # 4
-            f"the llama-server of model {alias!r} died {deaths} times under this request: {backend.lost}; "
-            f"its last words:\n{words}",
-            details={"model": alias},
-        )
+        died = f"the llama-server of model {alias!r} died {deaths} times under this request: {backend.lost}"
+        words = backend.tail.last(8)
+        return BackendCrashed(f"{died}; its last words:\n{words}" if words else died, details={"model": alias})  # 4
     if used_up:
         return BackendUnavailable(f"the llama-server of model {alias!r} died: {backend.lost}", param="model")  # 5
     return None

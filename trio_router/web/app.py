@@ -5,6 +5,7 @@ and put into a response.
 """
 
 import re
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import cast
@@ -13,7 +14,14 @@ from urllib.parse import unquote
 import quart.wrappers
 import structlog
 import trio
-from hypercorn.typing import ASGIReceiveCallable, ASGIReceiveEvent, ASGISendCallable, ASGISendEvent, HTTPScope
+from hypercorn.typing import (
+    ASGIReceiveCallable,
+    ASGIReceiveEvent,
+    ASGISendCallable,
+    ASGISendEvent,
+    HTTPRequestEvent,
+    HTTPScope,
+)
 from quart import Quart, Request, Response, g, request
 from quart.routing import QuartMap
 from quart.wrappers.base import BaseRequestWebsocket
@@ -25,6 +33,7 @@ from werkzeug.routing import MapAdapter
 
 from trio_router.backend.answer import Headers
 from trio_router.errors import (
+    BodyTooLarge,
     HeadRefused,
     InternalError,
     InvalidRequest,
@@ -40,7 +49,7 @@ from trio_router.telemetry.metrics import Metrics
 from trio_router.telemetry.summary import Summary
 from trio_router.web import llama_router, logs, models, monitoring, openapi, plans, reload, requests, responses, ui
 from trio_router.web.admission import INFERENCE_PATHS, Admission, changes_state, request_id
-from trio_router.web.body import read_body
+from trio_router.web.body import INVITE, read_body
 from trio_router.web.cors import cors_headers, preflight_headers
 from trio_router.web.head import BOTH_LENGTHS
 from trio_router.web.inference import CLIENT_CLOSED_REQUEST, Asked, Exchange, refusal
@@ -54,6 +63,8 @@ from trio_router.web.waiting_streams import WaitingStreams
 
 log = structlog.get_logger("trio_router.web")
 
+UNREAD_BYTES = 1024 * 1024
+"""More than comes before a handler looks at it, if it does."""
 ABSOLUTE = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://([^/]*)")
 SLASH_COUNTS = (b"/ui/", b"/upstream/")
 """Below these, a path with a slash at its end is another one than that without."""
@@ -70,6 +81,8 @@ class Connection(TrioASGIHTTPConnection):
 
     Hypercorn tells of a disconnect also when an answer is complete, and the task it tells is the one in which it
     then restarts the connection's idle timeout: cancelled there, the connection would be kept for ever.
+
+    Of a body that nobody reads, as of a stream of states, no more is kept than `UNREAD_BYTES`.
     """
 
     def __init__(self, app: Quart, scope: HTTPScope) -> None:
@@ -81,8 +94,27 @@ class Connection(TrioASGIHTTPConnection):
         ) is not None:  # a host in the target counts, and `Host` does not (RFC 9112, 3.2.2)
             others = [(name, value) for name, value in scope["headers"] if name != b"host"]
             scope["headers"] = [*others, (b"host", named[1])]
-        super().__init__(app, scope)
-        self._ending = False
+        extensions = scope["extensions"]
+        self._invited: Callable[[], Awaitable[None]] | None = extensions.get(INVITE)  # type: ignore[assignment]
+        super().__init__(app, {**scope, "extensions": {**extensions, INVITE: self._invite}})  # type: ignore[dict-item]
+        self._ending = self._reads = False
+        self._unread = 0
+
+    async def _invite(self) -> None:
+        """Somebody reads the body from now on. Raises BodyTooLarge if some of it was not kept."""
+        self._reads = True
+        if self._unread > UNREAD_BYTES:
+            raise BodyTooLarge(f"more than {UNREAD_BYTES} bytes came before they were asked for")
+        if self._invited is not None:
+            await self._invited()
+
+    def _kept(self, message: HTTPRequestEvent) -> HTTPRequestEvent:
+        """What is kept of a piece of the body."""
+        if not self._reads:
+            self._unread += len(message["body"])
+            if self._unread > UNREAD_BYTES:
+                return {**message, "body": b""}
+        return message
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         async def noting(message: ASGISendEvent) -> None:
@@ -92,6 +124,8 @@ class Connection(TrioASGIHTTPConnection):
 
         async def unless_ending() -> ASGIReceiveEvent:
             message = await receive()
+            if message["type"] == "http.request":
+                return self._kept(message)
             if message["type"] == "http.disconnect" and self._ending:
                 await trio.sleep_forever()  # until `handle_request` is through
             return message
@@ -243,7 +277,7 @@ def _add_errors(app: QuartTrio, events: Events) -> None:
         path = shown(request.path)
         if isinstance(error, WerkzeugMethodNotAllowed):
             allowed = tuple(sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"}))
-            return error_response(MethodNotAllowed(f"{request.method} is not for {path}", allowed=allowed))
+            return error_response(MethodNotAllowed(f"{shown(request.method)} is not for {path}", allowed=allowed))
         if error.code == 404:
             return error_response(UnknownPath(f"nothing is at {path}"))
         response = error_response(InvalidRequest(error.description or error.name))

@@ -27,6 +27,14 @@ COMMAND_BYTES = 64 * 1024
 """What the body of a management request may have."""
 
 
+def due(began: float, have: int) -> float:
+    """Trio time until which more of a body has to come that began at trio time `began` and is there up to `have` bytes."""
+    return min(trio.current_time() + IDLE_SECONDS, began + IDLE_SECONDS + have / BYTES_PER_SECOND)
+
+
+TOO_SLOW = f"the body paused for {IDLE_SECONDS:g} s, or came slower than {BYTES_PER_SECOND} bytes/s"
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body, at most `limit` bytes. Raises BodyTooLarge, RequestTimeout."""
     declared = request.content_length
@@ -42,10 +50,9 @@ async def read_body(request: Request, limit: int) -> bytes:
             body += piece
             if len(body) > limit:
                 break
-            slowest = began + IDLE_SECONDS + len(body) / BYTES_PER_SECOND
-            patience.deadline = min(trio.current_time() + IDLE_SECONDS, slowest)
+            patience.deadline = due(began, len(body))
     if patience.cancelled_caught:
-        raise RequestTimeout(f"the body paused for {IDLE_SECONDS:g} s, or came slower than {BYTES_PER_SECOND} bytes/s")
+        raise RequestTimeout(TOO_SLOW)
     if len(body) > limit:
         body.clear()
         await _discard(request.body)

@@ -90,8 +90,8 @@ class ClientSocket:
                     await self._pace(0)
                 return data
 
-    async def receive_into(self, view: memoryview) -> None:
-        """Fill `view`. Raises ClientLeft if the stream ends before."""
+    async def receive_into(self, view: memoryview, came: Callable[[int], None]) -> None:
+        """Fill `view`, and tell `came` how much of it is there. Raises ClientLeft if the stream ends before."""
         filled = 0
         while filled < len(view):
             try:
@@ -105,6 +105,7 @@ class ClientSocket:
             if not count:
                 raise ClientLeft("the stream ended in the middle of a body")
             filled += count
+            came(filled)
             await self._pace(count)
 
     def try_send(self, data: bytes) -> bytes:

@@ -25,6 +25,7 @@ from trio_router.errors import BodyTooLarge, HeadRefused, InternalError, Request
 from trio_router.fleet.registry import Registry
 from trio_router.telemetry.events import Events
 from trio_router.web.admission import Admission, request_id
+from trio_router.web.body import TOO_SLOW, due
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.cors import cors_headers
 from trio_router.web.date import date_line
@@ -40,9 +41,6 @@ log = structlog.get_logger("trio_router.web")
 
 HEAD_SECONDS: Final = 30.0
 """How long a connection may be idle, or take to send a head: the guard against slow headers."""
-BODY_IDLE_SECONDS: Final = 30.0
-BODY_BYTES_PER_SECOND: Final = 16 * 1024
-"""A body may take `BODY_IDLE_SECONDS`, and a second more for each of these."""
 WRITE_STALL_SECONDS: Final = 60.0
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
@@ -259,7 +257,7 @@ class DataPlane:
             async with exchange as answer:
                 close = close or self.registry.draining
                 if exchange.waiting is None or not exchange.waiting.begun:
-                    chunked = answer.opened.head.length is None
+                    chunked = answer.chunked
                     out = _head(
                         answer.status, answer.header_lines() + _common(lines, identity), chunked=chunked, close=close
                     )
@@ -327,11 +325,15 @@ class DataPlane:
         have = len(received)
         whole[:have] = received
         client.received = b""
-        seconds = BODY_IDLE_SECONDS + length / BODY_BYTES_PER_SECOND
-        with trio.move_on_after(seconds) as patience, memoryview(whole) as view:
-            await client.receive_into(view[have:])
+        began = trio.current_time()
+        with trio.CancelScope(deadline=due(began, 0)) as patience, memoryview(whole) as view:
+
+            def came(count: int) -> None:
+                patience.deadline = due(began, count)
+
+            await client.receive_into(view[have:], came)
         if patience.cancelled_caught:
-            raise RequestTimeout(f"the body did not come within {seconds:.0f} s")
+            raise RequestTimeout(TOO_SLOW)
         return whole
 
     async def _relay(self, client: ClientSocket, answer: Answer, out: bytes, *, chunked: bool) -> None:

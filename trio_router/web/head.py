@@ -136,11 +136,28 @@ class StrictBuffer(ReceiveBuffer):
         """The lines up to an empty one, None: it is not there yet."""
         received = bytes(self)
         lines: list[bytearray] | None = super().maybe_extract_lines()
+        head = received[: len(received) - len(self)]
         try:
-            check_lines(received[: len(received) - len(self)])
+            check_lines(head)
+            if len(head) > MAX_HEAD_BYTES:
+                raise _too_large()
         except HeadRefused as error:
-            raise h11.RemoteProtocolError(error.message) from error
+            raise h11.RemoteProtocolError(error.message, error_status_hint=error.status) from error
         return lines
+
+
+def _too_large() -> HeadRefused:
+    return HeadRefused(f"the head is larger than {MAX_HEAD_BYTES} bytes", status=431)
+
+
+def check_version(request: object) -> None:
+    """Raise h11.RemoteProtocolError for a request in no version that is spoken here: h11 takes any number."""
+    if (
+        isinstance(request, h11.Request)
+        and not request.http_version.startswith(b"1.")
+        and (request.method, request.target, request.http_version) != (b"PRI", b"*", b"2.0")
+    ):
+        raise h11.RemoteProtocolError("HTTP/1.0, HTTP/1.1 and HTTP/2 are spoken here", error_status_hint=505)
 
 
 def check_head(raw: bytes) -> None:
@@ -157,7 +174,7 @@ def check_head(raw: bytes) -> None:
     check_lines(head)
     if not end:
         if len(raw) >= MAX_HEAD_BYTES:
-            raise HeadRefused(f"the head is larger than {MAX_HEAD_BYTES} bytes", status=431)
+            raise _too_large()
         raise HeadRefused("the request does not begin with a method")
     if _CHUNKS.search(raw) and _SIZE.search(raw):
         raise HeadRefused(BOTH_LENGTHS)
@@ -166,6 +183,6 @@ def check_head(raw: bytes) -> None:
     parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     try:
         parser.receive_data(raw)
-        parser.next_event()
+        check_version(parser.next_event())
     except h11.RemoteProtocolError as error:
         raise HeadRefused(f"the request is not HTTP: {error}", status=error.error_status_hint) from error

@@ -27,6 +27,7 @@ from trio_router.errors import (
     TimedOut,
 )
 from trio_router.fleet.dispatch import dispatch
+from trio_router.fleet.model import Model
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.rewriting import AS_IT_IS
 from trio_router.fleet.ticket import Priority, Ticket
@@ -151,6 +152,8 @@ class Exchange:
     _outgoing: Outgoing | None = None
     ticket: Ticket | None = attrs.field(default=None, init=False)
     """Its place in the queue, once it has one."""
+    _model: Model = attrs.field(init=False)
+    """The one in whose queue that is: a reload may take the name from it."""
     _entered: bool = False
     """Whether the key's holder counts it among its own."""
     _first_byte_at: float = 0.0
@@ -190,13 +193,16 @@ class Exchange:
             return "answering"
         return "waiting" if self._outgoing is None or self._outgoing.slot is None else "running"
 
-    def cancel(self, error: RouterError) -> None:
-        """Have it end with `error`, wherever it is."""
+    def cancel(self, error: RouterError) -> bool:
+        """Have it end with `error`, wherever it is; False for one that llama-server has answered, and its client takes."""
         if self._answer is not None:
+            if self._answer.given_back_at is not None:
+                return False
             self._answer.cut(error)
         elif self._outgoing is not None and self.ticket is not None:
             self._outgoing.cut(error)
-            self.registry.models[self.ticket.alias].scheduler.withdraw(self.ticket, error)
+            self._model.scheduler.withdraw(self.ticket, error)
+        return True
 
     def _leave(self) -> None:
         self.under_way.discard(self)
@@ -213,7 +219,8 @@ class Exchange:
         said, kept = (self.alias, None) if self.alias is not None else self._wanted()
         due = self.arrived_at + asked.deadline_seconds
         self.ticket = ticket = self.registry.ticket(said, asked.priority, self.client, due=due)
-        if not asked.autoload and self.registry.models[ticket.alias].supervisor.backend is None:
+        self._model = self.registry.models[ticket.alias]
+        if not asked.autoload and self._model.supervisor.backend is None:
             raise ModelNotLoaded(f"model {ticket.alias!r} is not loaded, and autoload=false", param="model")
         if asked.holder is not None:
             allowed = asked.holder.enter(ticket.alias, ticket.priority, said)
@@ -260,7 +267,7 @@ class Exchange:
             if ticket.yields and outgoing.stoppable is not None and not self._stream:
                 continuing = Continuing.of(ticket, self.asked.path, self.body, talk)
                 outgoing.stoppable = attrs.evolve(outgoing.stoppable, continuing=continuing)
-        scheduler = self.registry.models[ticket.alias].scheduler
+        scheduler = self._model.scheduler
         if scheduler.chooses:
             ticket.conversation = talk.conversation(self.asked.session)
             outgoing.pinned = ticket.conversation is not None and scheduler.slots > 1
@@ -272,10 +279,9 @@ class Exchange:
         ticket, waiting_streams, say = self.ticket, self.waiting_streams, self.say
         if ticket is None or waiting_streams is None or say is None:
             return
-        model = self.registry.models[ticket.alias]
-        if self.waiting is None and model.config.keepalive:
+        if self.waiting is None and self._model.config.keepalive:
             due = self.arrived_at + self.registry.config.system.keepalive_after_sec
-            self.waiting = Waiting(model=model, ticket=ticket, endpoint=self.asked.path, say=say, due=due)
+            self.waiting = Waiting(model=self._model, ticket=ticket, endpoint=self.asked.path, say=say, due=due)
         if self.waiting is not None:
             waiting_streams.attend(self.waiting)
 
@@ -309,7 +315,8 @@ class Exchange:
             event.client = ticket.client
         if ticket is not None and ticket.granted_at is not None:
             event.waited_seconds = ticket.granted_at - ticket.arrived_at
-            event.held_seconds = self._ended_at - ticket.granted_at
+            given_back_at = None if answer is None else answer.given_back_at
+            event.held_seconds = (given_back_at or self._ended_at) - ticket.granted_at
         if answer is not None:
             usage = usage_of(answer.opened.first[:HEAD_BYTES], answer.tail)
             event.queue_seconds = answer.queue_seconds

@@ -39,16 +39,17 @@ from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, 
 from trio_router.web import dataplane
 from trio_router.web.body import INVITE
 from trio_router.web.client_socket import ClientLeft, ClientSocket
-from trio_router.web.dataplane import WRITE_STALL_SECONDS, DataPlane
+from trio_router.web.dataplane import LINGER_BYTES, LINGER_SECONDS, WRITE_STALL_SECONDS, DataPlane
 from trio_router.web.hangup import Hangups
 from trio_router.web.in_flight import InFlight
-from trio_router.web.protocols import Protocols
+from trio_router.web.protocols import Http1, Protocols
 
 log = structlog.get_logger("trio_router.web")
 
 BACKLOG: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 GONE_SECONDS: Final = 0.1
+READ_BYTES: Final = 64 * 1024
 CONTINUE: Final = b"HTTP/1.1 100 "
 KEPT_FILES: Final = 1024
 """For llama-servers, their pipes and slots, and for reading files; of few files half."""
@@ -84,6 +85,10 @@ class ClientStream(trio.abc.HalfCloseableStream):
     """How many are being answered."""
     idle_since: float | None = None
     """Trio time at which `expire_idle` first saw that there are none."""
+    lingering: bool = False
+    """Whether all is said, and what still comes is read for nobody."""
+    _reading: bool = False
+    _read_out: trio.Event = attrs.field(factory=trio.Event)
 
     def __attrs_post_init__(self) -> None:
         self.hangups.watch(self.stream.socket, self.gone.set)
@@ -130,7 +135,35 @@ class ClientStream(trio.abc.HalfCloseableStream):
         if self.read_already:
             data, self.read_already = self.read_already[:max_bytes], self.read_already[max_bytes:] if max_bytes else b""
             return data
-        return await self.stream.receive_some(max_bytes)
+        self._reading = True
+        try:
+            received = await self.stream.receive_some(max_bytes)
+            if self.lingering and received:
+                await self._read_to_the_end()
+                received = b""
+            return received
+        finally:
+            self._reading = False
+            if self.lingering:
+                self._read_out.set()
+
+    async def _read_to_the_end(self) -> None:
+        left = LINGER_BYTES
+        while left > 0 and (received := await self.stream.receive_some(READ_BYTES)):
+            left -= len(received)
+
+    async def linger(self) -> None:
+        """Let the client get to our last words: the kernel resets a connection that is closed while there is more to read."""
+        self.lingering = True
+        with (
+            trio.move_on_after(LINGER_SECONDS),
+            contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+        ):
+            await self.send_eof()
+            if self._reading:
+                await self._read_out.wait()
+            else:
+                await self._read_to_the_end()
 
     async def send_eof(self) -> None:
         # without a checkpoint: Hypercorn calls this in tasks that are cancelled, and closes only afterwards
@@ -218,7 +251,14 @@ class ConnectionServer(TCPServer):
             return
         if isinstance(event, Closed) and app.answered is not None and app.answering is not trio.lowlevel.current_task():
             await app.answered.wait()
+        if isinstance(event, Closed) and self._has_more_to_read() and not app.stream.lingering:
+            await app.stream.linger()
         await super().protocol_send(event)
+
+    def _has_more_to_read(self) -> bool:
+        """Whether its client is in the middle of a body, or of something that is no HTTP."""
+        protocol = self.protocol.protocol
+        return isinstance(protocol, Http1) and protocol.connection.their_state in {h11.SEND_BODY, h11.ERROR}
 
 
 @attrs.define(eq=False, kw_only=True)

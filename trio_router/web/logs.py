@@ -9,7 +9,7 @@ from typing import Final
 
 import attrs
 import trio
-from quart import Request, Response, request
+from quart import Request, Response, g, request
 from quart_trio import QuartTrio
 
 from trio_router.fleet.registry import Registry
@@ -104,7 +104,10 @@ def add_routes(app: QuartTrio, registry: Registry) -> None:
 
     @app.get("/v1/models/<path:alias>/logs")
     async def logs(alias: str) -> Response:
-        journal = registry.model(alias).supervisor.journal
+        model = registry.model(alias)
+        if g.holder is not None:  # it may hold what others said
+            g.holder.check_model(model.alias, alias)
+        journal = model.supervisor.journal
         lines = count("lines", request.args.get("lines"), default=DEFAULT_LINES, at_most=journal.max_items)
         if request.args.get("follow", "0").strip().lower() in {"", "1", "true", "yes", "on"}:
             response = stream_response(*followed(request, journal, lines))

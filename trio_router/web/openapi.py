@@ -314,7 +314,9 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         "/v1/router/decisions",
         "The last decisions on which models are loaded, oldest first.",
         _object(decisions={"type": "array", "items": _PLAN}),
-        parameters=(_parameter("last", "query", {"type": "string"}, "How many; without it all that are kept."),),
+        parameters=(
+            _parameter("last", "query", {"type": "string", "pattern": "^[0-9]{1,9}$"}, "How many; without it all."),
+        ),
     ),
     _get(
         "/v1/router/trace",

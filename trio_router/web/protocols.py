@@ -12,25 +12,26 @@ import contextlib
 import json
 from typing import Any, Final, TypeVar, cast
 
-import h2.config
+import h2.connection
 import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
 import h11
 import trio
-from hypercorn.events import Event, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.events import Body, EndBody
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, H2Protocol
 from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
+from priority.priority import MissingStreamError
 
 from trio_router.backend.answer import Headers
 from trio_router.errors import HeadRefused
 from trio_router.web.admission import request_id
 from trio_router.web.dataplane import WRITE_STALL_SECONDS
-from trio_router.web.head import CONTROL, CONTROL_CHARACTERS, METHOD, NO_WEBSOCKETS, TARGET, StrictBuffer
+from trio_router.web.head import CONTROL, CONTROL_CHARACTERS, METHOD, NO_WEBSOCKETS, TARGET, StrictBuffer, check_version
 
 ANSWERING: Final = frozenset({h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY})
 
@@ -60,6 +61,7 @@ class Parser(h11.Connection):
         try:
             event = super().next_event()
             if isinstance(event, h11.Request):
+                check_version(event)
                 _check_upgrade(event)
         except h11.RemoteProtocolError as error:
             self.why = str(error)
@@ -99,28 +101,63 @@ class Http2(H2Protocol):
 
     _patience: dict[int, trio.CancelScope]
     """By stream; of those that something waits to be sent on."""
+    _leaving: bool = False
+    """Whether the client has said that it is."""
 
     async def initiate(self, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None) -> None:
         """Begin."""
         self._patience = {}
-        offered = {
-            **self.connection.local_settings,
-            h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 0,
-        }  # no WebSockets
-        self.connection.local_settings = h2.settings.Settings(client=False, initial_values=cast("Any", offered))
+        self._settle({h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 0})  # no WebSockets
         await super().initiate(headers, settings)
+        # a stream too many is refused by us: h2 would end them all
+        self._settle(
+            {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: h2.connection.H2Connection.HIGHEST_ALLOWED_STREAM_ID}
+        )
+
+    def _settle(self, settings: dict[h2.settings.SettingCodes, int]) -> None:
+        """Have these counted among our settings."""
+        settled = cast("Any", {**self.connection.local_settings, **settings})
+        self.connection.local_settings = h2.settings.Settings(client=False, initial_values=settled)
+
+    async def handle(self, event: Event) -> None:
+        """Something was read, or all is over."""
+        await super().handle(event)
+        if isinstance(event, Closed):
+            for buffer in list(self.stream_buffers.values()):
+                await buffer.close()  # what it holds is for nobody
 
     async def _handle_events(self, events: list[h2.events.Event]) -> None:
         for event in events:
-            if isinstance(event, h2.events.RequestReceived) and (why := _unfit(event)) is not None:
-                await self._refuse(event, why)
-            elif isinstance(event, h2.events.DataReceived) and event.stream_id not in self.streams:
-                # it was answered by its head; to Hypercorn that is a bug of its own, and the connection's end
-                with contextlib.suppress(h2.exceptions.ProtocolError):
-                    self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-            else:
-                await super()._handle_events([event])
+            match event:
+                case h2.events.PriorityUpdated():  # RFC 9113 has given it up, and a tree of them costs much
+                    pass
+                case h2.events.RequestReceived() if len(self.streams) >= self.config.h2_max_concurrent_streams:
+                    with contextlib.suppress(h2.exceptions.ProtocolError):
+                        self.connection.reset_stream(event.stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
+                case h2.events.RequestReceived() if (why := _unfit(event)) is not None:
+                    await self._refuse(event, why)
+                case h2.events.DataReceived() if event.stream_id not in self.streams:
+                    # it was answered by its head; to Hypercorn that is a bug of its own, and the connection's end
+                    with contextlib.suppress(h2.exceptions.ProtocolError):
+                        self.connection.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+                case h2.events.ConnectionTerminated(error_code=h2.errors.ErrorCodes.NO_ERROR) if self.streams:
+                    # it begins no more streams, and waits for those there are; h2 takes it for the end of everything
+                    self.connection.state_machine.state = h2.connection.ConnectionState.SERVER_OPEN
+                    self._leaving = True
+                case h2.events.StreamReset():
+                    await super()._handle_events([event])
+                    await self._forget(event.stream_id)
+                case _:
+                    await super()._handle_events([event])
         await self._flush()
+
+    async def _forget(self, stream_id: int) -> None:
+        """Drop what waits to be sent on a stream that is over. Hypercorn has it wait for a window that never comes."""
+        if (buffer := self.stream_buffers.pop(stream_id, None)) is not None:
+            await buffer.close()
+            with contextlib.suppress(MissingStreamError):
+                self.priority.remove_stream(stream_id)
+        await self._leave()
 
     async def _refuse(self, event: h2.events.RequestReceived, why: str) -> None:
         headers, body = refused(why, 400)
@@ -135,6 +172,7 @@ class Http2(H2Protocol):
         """Send on a stream; wait while its client takes something now and then."""
         if not isinstance(event, Body | EndBody):
             await super().stream_send(event)
+            await self._leave()
             return
         with trio.CancelScope(deadline=trio.current_time() + WRITE_STALL_SECONDS) as patience:
             self._patience[event.stream_id] = patience
@@ -160,14 +198,21 @@ class Http2(H2Protocol):
             with contextlib.suppress(h2.exceptions.ProtocolError):
                 if self.connection.local_flow_control_window(stream_id) > 0:
                     patience.deadline = trio.current_time() + WRITE_STALL_SECONDS
-        await super()._send_data(stream_id)
+        with contextlib.suppress(KeyError, MissingStreamError):  # forgotten meanwhile
+            await super()._send_data(stream_id)
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """End the connection, if all is done on it."""
+        if self._leaving and not self.streams and not self.stream_buffers:
+            await self.send(Closed())
 
     async def _give_up(self, stream_id: int) -> None:
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.CANCEL)
         await self._flush()
         await self._close_stream(stream_id)  # tells whoever answers it
-        await self._window_updated(stream_id)  # has its buffer dropped
+        await self._forget(stream_id)
 
 
 _Spoken = TypeVar("_Spoken", Http1, Http2)

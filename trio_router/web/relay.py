@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import attrs
 import structlog
+import trio
 
-from trio_router.backend.answer import HOP_BY_HOP, AnswerHead, Headers
+from trio_router.backend.answer import BODILESS, HOP_BY_HOP, AnswerHead, Headers
 from trio_router.backend.backend import Slot
 from trio_router.backend.connection import BackendLost, Connection
 from trio_router.errors import BackendBroken, BackendTimeout, BackendUnavailable, RouterError
@@ -211,6 +212,12 @@ class Answer:
     """The backend's own."""
     is_stream: bool = attrs.field(init=False)
     """Whether the body is a stream of events."""
+    length: int | None = attrs.field(init=False)
+    """Of the body, as its client is to be told. A stream's is not: it may end with more than its backend had to say."""
+    given_back_at: float | None = None
+    """Trio time at which its slot was."""
+    _whole: bool = False
+    """Whether every byte had been handed out by then."""
     _begun: bool = False
     _over: bool = False
     _half: bytes = b""
@@ -223,10 +230,18 @@ class Answer:
         if known is None:
             known = head.memo["stream"] = is_event_stream(head)
         self.is_stream = known
+        self.length = None if known or self.status in BODILESS else head.length
+
+    @property
+    def chunked(self) -> bool:
+        """Whether it has to be said where the body ends."""
+        return self.length is None and self.status not in BODILESS
 
     @property
     def handed_out(self) -> bool:
         """Whether `receive` has returned every byte there is."""
+        if self.given_back_at is not None:
+            return self._whole
         return self._begun and self.error is None and self.opened.connection.complete and not self._half
 
     def _kept(self) -> Headers:
@@ -243,8 +258,8 @@ class Answer:
     def headers(self) -> Headers:
         """The backend's headers, less what concerns only us and it, and what a stream needs beside them."""
         headers = self._kept()
-        if (length := self.opened.head.get(b"content-length")) is not None:
-            headers.append((b"content-length", length))
+        if self.length is not None:
+            headers.append((b"content-length", b"%d" % self.length))
         headers.append((b"x-queue-time-ms", b"%d" % round(self.queue_seconds * 1000)))
         headers.append((b"x-queue-position", b"%d" % self.queue_position))
         if self.estimate_seconds is not None:
@@ -260,10 +275,10 @@ class Answer:
         if self.estimate_seconds is not None:
             lines += b"x-queue-estimate-ms: %d\r\n" % round(self.estimate_seconds * 1000)
         wait, position = round(self.queue_seconds * 1000), self.queue_position
-        if head.length is None:
+        if self.length is None:
             return b"%bx-queue-time-ms: %d\r\nx-queue-position: %d\r\n" % (lines, wait, position)
         return b"%bcontent-length: %d\r\nx-queue-time-ms: %d\r\nx-queue-position: %d\r\n" % (
-            lines, head.length, wait, position,
+            lines, self.length, wait, position,
         )  # fmt: skip
 
     async def receive(self) -> bytes:
@@ -271,7 +286,7 @@ class Answer:
 
         A stream comes event by event, and if its backend dies it ends with one error event in the words of its
         endpoint. Raises RouterError for any other answer that cannot be completed: its client must not take what it
-        has for the whole.
+        has for the whole. With the last of it the slot is given back: its client may take its time.
         """
         while not self._over:
             try:
@@ -287,7 +302,10 @@ class Answer:
             if self._half or not piece.endswith(EVENT_ENDS):
                 piece = self._ended(piece)
             if piece:
+                if self.handed_out:
+                    self.close()
                 return self._passed(piece)
+        self.close()
         return b""
 
     def _ended(self, piece: bytes) -> bytes:
@@ -337,8 +355,10 @@ class Answer:
 
     def cut(self, error: RouterError) -> None:
         """Have it end with `error`, if it has not ended."""
-        self.refusal = error
-        self.opened.connection.close()
+        if self.given_back_at is None:
+            self.refusal = error
+            self.opened.connection.close()
+            self._give_back()  # its client may be taking nothing
 
     def _lost(self, lost: BackendLost) -> RouterError:
         if self.refusal is not None:
@@ -370,7 +390,13 @@ class Answer:
         return self._last[-1] if self._last else b""
 
     def close(self) -> None:
-        """Give the slot back; an answer that was not read to its end is cut off, so that llama-server stops."""
+        """Give the slot back, once; an answer that was not read to its end is cut off, so that llama-server stops."""
+        self._whole, self._over = self.handed_out, True
+        if self.given_back_at is None:  # else the connection may be another request's
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.given_back_at = trio.current_time()
         self.opened.connection.finish()
         self.lease.release()
 

@@ -57,6 +57,5 @@ def add_routes(app: QuartTrio, exchanges: Iterable[Exchange]) -> None:
         found = [exchange for exchange in exchanges if exchange.request_id == id]
         if not found:
             raise UnknownRequest(f"no request that is under way has the id {shown(id)}")
-        for exchange in found:
-            exchange.cancel(RequestCancelled("the request was cancelled by an operator"))
-        return json_response({"status": "success", "cancelled": len(found)})
+        ended = [exchange.cancel(RequestCancelled("the request was cancelled by an operator")) for exchange in found]
+        return json_response({"status": "success", "cancelled": sum(ended)})
