@@ -129,3 +129,14 @@ def test_the_scanner_says_a_number_or_why_not(flags):
 def test_any_argument_is_owned_or_not(argument):
     reason = owned_reason(argument)
     assert reason is None or argument.startswith("-")
+
+
+@pytest.mark.parametrize("argument", ["-c 512", "--ctx-size  512", "-ngl\t99", "--override-kv a=int:1"])
+def test_what_is_written_as_in_a_shell(argument: str) -> None:
+    flag, value = argument.split(maxsplit=1)[0], argument.split()[1]
+    assert owned_reason(argument) == f"{flag} and {value} are two arguments to llama-server: make them two entries"
+
+
+@pytest.mark.parametrize("argument", ["- c 512", "-1", "-0.5 x", "a -c 512", "", "--flag", "--flag=a b"])
+def test_what_is_not(argument: str) -> None:
+    assert owned_reason(argument) is None

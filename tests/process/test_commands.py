@@ -140,7 +140,20 @@ def test_no_router(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ps", "--url", "http://127.0.0.1:9"], {}) == 3
     assert main(["ps"], {"TRIO_ROUTER_URL": "127.0.0.1:9"}) == 3
     assert capsys.readouterr().err.count("no router at") == 2
-    assert main(["ps", "--url", "ftp://x"], {}) == 2
+    for url in ("ftp://x", "http://127.0.0.1:99999", "http://127.0.0.1:abc", "http://[::1", "http://127.0.0.1:9/ x"):
+        assert main(["ps", "--url", url], {}) == 2
+        assert "is not the URL of a router" in capsys.readouterr().err
+    assert main(["ps", "--api-key", "sk\nx"], {}) == 2
+    said = capsys.readouterr().err
+    assert "characters that no header may have" in said
+    assert "sk" not in said
+
+
+def test_what_answers_is_no_router(router: RouterProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ps", "--url", router.url.replace("http:", "https:")], {}) == 3
+    assert "a router itself speaks no TLS" in capsys.readouterr().err
+    assert main(["ps", "--url", f"{router.url}/ui/vendor/uplot.js?"], {}) != 0
+    assert main(["ps", "--url", f"{router.url}/v1"], {}) == 0, "the address that clients of OpenAI's have"
 
 
 def test_run(router: RouterProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,3 +187,18 @@ async def test_reading_of_a_model_that_is_not_the_keys_loads_none(tmp_path, targ
 async def test_upstream_takes_no_path_that_is_another_one(tmp_path, below):
     async with open_site(tmp_path, prompt, keys=KEYS) as site:
         assert (await site.ask("GET", f"/upstream/qwen{below}", bearing("sk-boss"))).code == (404, "not_found")
+
+
+async def test_a_plan_is_for_whoever_asks(tmp_path):
+    """What would become of the request of this key."""
+    async with open_site(tmp_path, prompt, keys=KEYS) as site:
+        wish = b'{"model":"qwen","priority":"high"}'
+        assert (
+            json.loads((await site.ask("POST", "/v1/router/plan", bearing("sk-app"), wish)).body)["priority"]
+            == "normal"
+        )
+        assert (
+            json.loads((await site.ask("POST", "/v1/router/plan", bearing("sk-boss"), wish)).body)["priority"] == "high"
+        )
+        reply = await site.ask("POST", "/v1/router/plan", bearing("sk-elsewhere"), wish)
+        assert reply.code == (403, "model_not_allowed")

@@ -41,6 +41,10 @@ OWNED = {
 _SHORTHAND = re.compile(r"--(?:fim|gpt-oss|vision|embd)-.+-(?:default|spec)|--embd-gemma-default")
 
 
+_TWO = re.compile(r"(-{1,2}[A-Za-z][\w-]*)\s+(\S.*)", re.DOTALL)
+"""Written as in a shell: llama-server refuses it."""
+
+
 class BadSlots(ValueError):
     """Raised when `-np` / `--parallel` is not followed by an int >= 1."""
 
@@ -51,12 +55,14 @@ def flag_name(argument: str) -> str:
 
 
 def owned_reason(argument: str) -> str | None:
-    """Why the router does not let `argument` through, or None when it does."""
+    """Why the router does not let `argument` through, or None when it does: it is ours, or not one argument."""
     name = flag_name(re.split(r"[=\s]", argument, maxsplit=1)[0])
     if name in OWNED:
         return f"{name} belongs to the router: {OWNED[name]}"
     if _SHORTHAND.fullmatch(name):
         return f"{name} belongs to the router: {_FILE}"
+    if (two := _TWO.fullmatch(argument)) is not None:
+        return f"{two[1]} and {two[2]} are two arguments to llama-server: make them two entries"
     return None
 
 

@@ -45,7 +45,11 @@ class Holder:
                 details={"running": self.running},
             )
         self.running += 1
-        return max(wanted, Priority[config.max_priority.name], key=lambda priority: priority.value)
+        return self.allowed(wanted)
+
+    def allowed(self, wanted: Priority) -> Priority:
+        """The priority that a request gets."""
+        return max(wanted, Priority[self.config.max_priority.name], key=lambda priority: priority.value)
 
     def check_model(self, alias: str, said: str | None = None) -> None:
         """Raise ModelNotAllowed unless it may ask `alias`, which the client called `said`."""

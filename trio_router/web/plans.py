@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Final
 
 import trio
-from quart import Response, request
+from quart import Response, g, request
 from quart_trio import QuartTrio
 
 from trio_router.errors import MissingModel
@@ -34,7 +34,11 @@ def add_routes(app: QuartTrio, registry: Registry, events: Events) -> None:
         if not isinstance(alias, str):
             raise MissingModel("the body has no field `model` that is a string", param="model")
         sent = wanted.get("priority", request.headers.get("X-Request-Priority"))
-        ticket = registry.ticket(alias, priority(None if sent is None else str(sent)))
+        wished = priority(None if sent is None else str(sent))
+        if g.holder is not None:
+            g.holder.check_model(registry.model(alias).alias, alias)
+            wished = g.holder.allowed(wished)
+        ticket = registry.ticket(alias, wished)
         return json_response(registry.plan(ticket).as_json())
 
     @app.get("/v1/router/decisions")
