@@ -7,7 +7,6 @@ from pathlib import Path
 
 import h11
 import pytest
-import quart.wrappers.request
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +16,7 @@ from tests.backend.peer import answer, read_request, until
 from tests.web.site import BODY, CHAT, WAYS, Client, open_site, request
 from trio_router.telemetry.events import Outcome
 from trio_router.web.admission import INFERENCE_PATHS
+from trio_router.web.app import Connection
 
 EVENTS = [b'data: {"n":%d}\n\n' % number for number in range(3)]
 STREAM = (
@@ -513,8 +513,15 @@ async def test_an_answer_that_has_no_body_has_no_end_of_it(sockets, way, status)
 
 async def test_a_body_that_nobody_reads_is_not_kept(sockets, monkeypatch):
     """A stream of states goes on, whatever its client sends after it asked."""
-    kept = []
-    monkeypatch.setattr(quart.wrappers.request.Body, "append", lambda _, data: kept.append(len(data)))
+    kept: list[int] = []
+    given = Connection._kept
+
+    def noting(self, message):
+        found = given(self, message)
+        kept.append(len(found["body"]))
+        return found
+
+    monkeypatch.setattr(Connection, "_kept", noting)
     async with open_site(sockets, Server()) as site, site.client() as client:
         await client.say(request("GET", "/v1/models/status/stream", [("Content-Length", "100000000")]))
         for _ in range(100):
