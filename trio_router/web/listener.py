@@ -132,6 +132,9 @@ class ClientStream(trio.abc.HalfCloseableStream):
         await self.stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self.lingering:  # somebody else reads, for nobody
+            await self._read_out.wait()
+            return b""
         if self.read_already:
             data, self.read_already = self.read_already[:max_bytes], self.read_already[max_bytes:] if max_bytes else b""
             return data
@@ -164,6 +167,7 @@ class ClientStream(trio.abc.HalfCloseableStream):
                 await self._read_out.wait()
             else:
                 await self._read_to_the_end()
+        self._read_out.set()
 
     async def send_eof(self) -> None:
         # without a checkpoint: Hypercorn calls this in tasks that are cancelled, and closes only afterwards
