@@ -16,7 +16,6 @@ connection is accepted for `ACCEPT_PAUSE_SECONDS`, and then it is tried again.
 *Cancellation.* Closes everything at once, also what is shielded.
 """
 
-import contextlib
 import errno
 import logging
 import math
@@ -39,7 +38,8 @@ from hypercorn.typing import AppWrapper, ASGIReceiveCallable, ASGISendCallable, 
 from trio_router.web import dataplane
 from trio_router.web.body import INVITE
 from trio_router.web.client_socket import ClientLeft, ClientSocket
-from trio_router.web.dataplane import LINGER_BYTES, LINGER_SECONDS, WRITE_STALL_SECONDS, DataPlane
+from trio_router.web.client_stream import ClientStream
+from trio_router.web.dataplane import DataPlane
 from trio_router.web.hangup import Hangups
 from trio_router.web.in_flight import InFlight
 from trio_router.web.protocols import Http1, Protocols
@@ -48,8 +48,6 @@ log = structlog.get_logger("trio_router.web")
 
 BACKLOG: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
-GONE_SECONDS: Final = 0.1
-READ_BYTES: Final = 64 * 1024
 CONTINUE: Final = b"HTTP/1.1 100 "
 KEPT_FILES: Final = 1024
 """For llama-servers, their pipes and slots, and for reading files; of few files half."""
@@ -67,123 +65,6 @@ def hypercorn_config() -> Config:
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
     return config
-
-
-@attrs.define(eq=False)
-class ClientStream(trio.abc.HalfCloseableStream):
-    """A client's socket for Hypercorn. What was read of it already comes first.
-
-    Its sends are bounded from within: that works under Hypercorn's shield too.
-    """
-
-    stream: trio.SocketStream
-    hangups: Hangups
-    read_already: bytes = b""
-    gone: trio.Event = attrs.field(factory=trio.Event)
-    """Set when the client hung up."""
-    requests: int = 0
-    """How many are being answered."""
-    idle_since: float | None = None
-    """Trio time at which `expire_idle` first saw that there are none."""
-    lingering: bool = False
-    """Whether all is said, and what still comes is read for nobody."""
-    _reading: bool = False
-    _read_out: trio.Event = attrs.field(factory=trio.Event)
-
-    def __attrs_post_init__(self) -> None:
-        self.hangups.watch(self.stream.socket, self.gone.set)
-
-    async def abort_when_gone(self, scope: trio.CancelScope) -> None:
-        """Close, and cancel `scope`, soon after the client hung up: Hypercorn does not see it while a request is pipelined.
-
-        Not at once: there are clients that close their half as soon as they have asked, and what they ask is answered
-        in less.
-        """
-        await self.gone.wait()
-        await trio.sleep(GONE_SECONDS)
-        self.abort()
-        scope.cancel()
-
-    def expire_idle(self, now: float, seconds: float) -> None:
-        """Have the connection end, if at trio time `now` no request has been answered on it for more than `seconds`.
-
-        Whatever else came: half a head, or HTTP/2 frames of any kind. That counts from the first time that this sees it.
-        """
-        if self.requests:
-            self.idle_since = None
-        elif self.idle_since is None:
-            self.idle_since = now
-        elif now - self.idle_since >= seconds:
-            self.gone.set()
-
-    @property
-    def socket(self) -> trio.socket.SocketType:
-        """What Hypercorn asks for its addresses."""
-        return self.stream.socket
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        with trio.move_on_after(WRITE_STALL_SECONDS) as stall:
-            await self.stream.send_all(data)
-        if stall.cancelled_caught:
-            self.abort()
-            raise trio.BrokenResourceError("the client reads nothing")
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self.stream.wait_send_all_might_not_block()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        if self.lingering:  # somebody else reads, for nobody
-            await self._read_out.wait()
-            return b""
-        if self.read_already:
-            data, self.read_already = self.read_already[:max_bytes], self.read_already[max_bytes:] if max_bytes else b""
-            return data
-        self._reading = True
-        try:
-            received = await self.stream.receive_some(max_bytes)
-            if self.lingering and received:
-                await self._read_to_the_end()
-                received = b""
-            return received
-        finally:
-            self._reading = False
-            if self.lingering:
-                self._read_out.set()
-
-    async def _read_to_the_end(self) -> None:
-        left = LINGER_BYTES
-        while left > 0 and (received := await self.stream.receive_some(READ_BYTES)):
-            left -= len(received)
-
-    async def linger(self) -> None:
-        """Let the client get to our last words: the kernel resets a connection that is closed while there is more to read."""
-        self.lingering = True
-        with (
-            trio.move_on_after(LINGER_SECONDS),
-            contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self.send_eof()
-            if self._reading:
-                await self._read_out.wait()
-            else:
-                await self._read_to_the_end()
-        self._read_out.set()
-
-    async def send_eof(self) -> None:
-        # without a checkpoint: Hypercorn calls this in tasks that are cancelled, and closes only afterwards
-        with contextlib.suppress(OSError):
-            self.stream.socket.shutdown(socket.SHUT_WR)
-
-    async def aclose(self) -> None:
-        self.hangups.forget(self.stream.socket)
-        await self.stream.aclose()
-
-    def abort(self) -> None:
-        """Close at once; whoever is sending or receiving is woken with ClosedResourceError."""
-        self.hangups.forget(self.stream.socket)
-        self.stream.socket.close()
-
-    close = abort
 
 
 @attrs.define(eq=False)
