@@ -17,6 +17,7 @@ from trio_router.backend.connection import BackendLost
 from trio_router.backend.health import expire_silent
 from trio_router.errors import BackendTimeout, BackendUnavailable
 from trio_router.fleet.scheduler import Lease
+from trio_router.web.error_events import error_event
 from trio_router.web.relay import (
     MAX_HALF_BYTES,
     NOT_FORWARDED,
@@ -24,7 +25,6 @@ from trio_router.web.relay import (
     Answer,
     Opened,
     Outgoing,
-    error_event,
     is_event_stream,
     request_head,
     request_start,

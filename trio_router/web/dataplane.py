@@ -29,11 +29,12 @@ from trio_router.web.body import TOO_SLOW, due
 from trio_router.web.client_socket import ClientLeft, ClientSocket
 from trio_router.web.cors import cors_headers
 from trio_router.web.date import date_line
+from trio_router.web.error_events import error_event
 from trio_router.web.head import BARE_LINE_FEED, END, HTTP2, MAX_HEAD_BYTES, Head, check_head, read_head
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
 from trio_router.web.keys import Holder
-from trio_router.web.relay import STREAM_HEADERS, Answer, error_event
+from trio_router.web.relay import STREAM_HEADERS, Answer
 from trio_router.web.responses import error_body
 from trio_router.web.waiting_streams import Waiting, WaitingStreams
 

@@ -12,8 +12,9 @@ import structlog
 import trio
 
 from trio_router.errors import InternalError, RouterError
+from trio_router.web.error_events import error_event
 from trio_router.web.inference import Exchange
-from trio_router.web.relay import Answer, error_event
+from trio_router.web.relay import Answer
 from trio_router.web.waiting_streams import Waiting, WaitingStreams
 
 log = structlog.get_logger("trio_router.web")

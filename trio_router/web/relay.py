@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import attrs
 import structlog
@@ -15,6 +15,7 @@ from trio_router.backend.connection import BackendLost, Connection
 from trio_router.errors import BackendBroken, BackendTimeout, BackendUnavailable, RouterError
 from trio_router.fleet.scheduler import Lease
 from trio_router.web.assembly import NotWhole
+from trio_router.web.error_events import error_event, told_event
 from trio_router.web.stoppable import Stoppable
 
 log = structlog.get_logger("trio_router.web")
@@ -336,7 +337,7 @@ class Answer:
             where = f"the llama-server of model {self.lease.slot.backend.alias!r}"
             broken = BackendBroken(f"{where} answered a request for a stream with status {self.status} and no stream")
             return error_event(self.endpoint, broken, cut=False)
-        return _error_event(self.endpoint, told, message, cut=False)
+        return told_event(self.endpoint, told, message, cut=False)
 
     async def stream(self, pass_on: Callable[[bytes], bool]) -> None:
         """Give `pass_on` what comes next, piece by piece, for as long as that is all there is to do.
@@ -399,28 +400,3 @@ class Answer:
         self.given_back_at = trio.current_time()
         self.opened.connection.finish()
         self.lease.release()
-
-
-def error_event(endpoint: str, error: RouterError, *, cut: bool) -> bytes:
-    """One event that tells a stream's client what happened, in the dialect of its endpoint.
-
-    `cut` says that the last event was not complete: an empty line ends it.
-    """
-    return _error_event(endpoint, error.body(), error.message, cut=cut)
-
-
-def _error_event(endpoint: str, body: dict[str, Any], message: str, *, cut: bool) -> bytes:
-    name = ""
-    if endpoint.endswith("/responses"):
-        name = "event: response.failed\n"
-        failed = {"code": "server_error", "message": message}
-        body = {
-            "type": "response.failed",
-            "response": {"object": "response", "status": "failed", "error": failed},
-            **body,
-        }
-    elif endpoint.endswith("/messages"):
-        name = "event: error\n"
-        body = {"type": "error", "error": {**body["error"], "type": "api_error"}}
-    event = f"{name}data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
-    return b"\n\n" + event if cut else event
