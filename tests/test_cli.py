@@ -124,6 +124,14 @@ def test_a_word_that_looks_like_markup(capsys):
     assert 'Unknown command "[/bold]"' in capsys.readouterr().err
 
 
+def test_output_that_cannot_be_written():
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "trio_router", "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (result.returncode, result.stderr) == (1, "trio-router: cannot write: No space left on device\n")
+
+
 @pytest.mark.parametrize("prompt", [["- and now?"], ["-5 + 3"], ["--", "--json"]])
 def test_a_prompt_may_look_like_an_option(prompt, monkeypatch):
     asked = []

@@ -6,6 +6,7 @@ of its name; a module there is imported when its command is called, and imports 
 `--help` and a misspelt flag answer at once.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from trio_router import __version__
-from trio_router.commands.said import CLEAN, INTERRUPTED, USAGE, Said, say
+from trio_router.commands.said import CLEAN, FAILED, INTERRUPTED, USAGE, Said, say
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -52,15 +53,32 @@ VARIABLES: Final = {"url": "TRIO_ROUTER_URL", "api-key": "API_KEY"}
 def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run the command in `arguments` (default: this process's own) and return its exit code."""
     try:
-        return _parsed(sys.argv[1:] if arguments is None else arguments, environ)() or CLEAN
+        return _said(_parsed(sys.argv[1:] if arguments is None else arguments, environ)() or CLEAN)
     except Said as error:
         say(f"trio-router: {error}", sys.stderr)
         return error.status
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `| head`: it has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return CLEAN
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _forget_output()
+        say(f"trio-router: cannot write: {error.strerror}", sys.stderr)
+        return FAILED
+
+
+def _said(status: int) -> int:
+    """The same, once all is written: what cannot be is told of now."""
+    sys.stdout.flush()
+    return status
+
+
+def _forget_output() -> None:
+    """What is left of it is not tried again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parsed(arguments: Sequence[str], environ: Mapping[str, str]) -> Callable[[], int | None]:

@@ -9,7 +9,7 @@ import trio
 from tests.harness.processes import is_alive
 from tests.memory.test_start_log import H100, LOADS
 from trio_router.backend import dry_run
-from trio_router.backend.dry_run import can_say, project
+from trio_router.backend.dry_run import FlagsRefused, can_say, project
 from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.config import LlamaServer
 from trio_router.config.schema import BackendTransport, ModelConfig
@@ -63,7 +63,7 @@ async def test_it_is_ended_once_it_has_said_it(tmp_path: Path, header_gguf: Path
     "body",
     [
         f"print({LOADS!r}, flush=True)\ntime.sleep(60)",
-        "print('error: invalid argument: --fit', flush=True)\nsys.exit(1)",
+        "print('what is this?', flush=True)\nsys.exit(1)",
         "time.sleep(60)",
     ],
 )
@@ -72,6 +72,15 @@ async def test_one_that_does_not_say_it_is_ended(
 ) -> None:
     monkeypatch.setattr(dry_run, "PATIENCE_SECONDS", 2.0 if body == "time.sleep(60)" else 60.0)
     assert await project(launcher(tmp_path, body), entry(header_gguf), 0) is None
+    assert not is_alive(told(tmp_path)[0])
+
+
+@pytest.mark.parametrize("line", ["error: invalid argument: --foo", 'error while handling argument "-c": stoi'])
+async def test_flags_may_be_refused(tmp_path: Path, header_gguf: Path, line: str) -> None:
+    asked = launcher(tmp_path, f"print('hello')\nprint({line!r})\nprint('usage: ...', flush=True)\nsys.exit(1)")
+    with pytest.raises(FlagsRefused) as refused:
+        await project(asked, entry(header_gguf), 0)
+    assert str(refused.value) == line
     assert not is_alive(told(tmp_path)[0])
 
 

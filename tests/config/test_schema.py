@@ -23,6 +23,11 @@ def build(schema, **values):
         (ApiConfig, "cors_origins", ("http://localhost:3000", "chrome-extension://abc")),
         (ApiConfig, "allowed_hosts", ("*",)),
         (ApiConfig, "allowed_hosts", ()),
+        (
+            ApiConfig,
+            "allowed_hosts",
+            ("Router.example", "a_b", "10.0.0.1", "::1", "fe80::1", "::ffff:10.0.0.1", "rüter"),
+        ),
         (ApiConfig, "key", "sk-x~!"),
         (SystemConfig, "idle_timeout_sec", 0.001),
         (SystemConfig, "drain_timeout_sec", 0),
@@ -48,6 +53,10 @@ def test_within_its_range(schema, name, value):
         (ApiConfig, "max_body_mb", 0, "a number >= 1, got 0"),
         (ApiConfig, "cors_origins", ("http://x", "http://x/"), "an origin such as"),
         (ApiConfig, "cors_origins", ("localhost",), "an origin such as"),
+        *(
+            (ApiConfig, "allowed_hosts", ("localhost", name), "without port and brackets")
+            for name in ("a:80", "http://x", "*.y.org", "[::2]", "x.", "a b", "", ".", "u@x", "x/y")
+        ),
         (SystemConfig, "idle_timeout_sec", 0, "a number > 0, got 0"),
         (SystemConfig, "idle_timeout_sec", float("nan"), "a number > 0, got nan"),
         (SystemConfig, "drain_timeout_sec", -1.0, "a number >= 0, got -1.0"),

@@ -33,6 +33,23 @@ def test_check_asks_llama_server_once(
     assert fact["projection"]["devices"] == []
 
 
+def test_check_says_which_flags_llama_server_refuses(
+    tmp_path: Path, real_llama: Path, smollm2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"right": ["-c", "512"], "unknown": ["--foo", "1"], "wrong": ["-c", "many"]}
+    models = {name: {"model_path": smollm2, "flags": [*these, "--device", "none"]} for name, these in flags.items()}
+    system = {"llama_server_path": real_llama, "gpu_devices": [], "state_dir": tmp_path / "state"}
+    config = tmp_path / "router.toml"
+    config.write_text(router_toml(models=models, system=system))
+    assert main(["check", "--config", str(config), "--ask"], {}) == 2
+    out, err = capsys.readouterr()
+    assert "llama-server: weights 92" in out.splitlines()[1]
+    assert err.splitlines() == [
+        f"{config}: models.unknown.flags: llama-server: error: invalid argument: --foo",
+        f'{config}: models.wrong.flags: llama-server: error while handling argument "-c": stoi',
+    ]
+
+
 @pytest.mark.parametrize(("gpus", "flags", "fits"), [([0], ["-ngl", "99"], False), ([0], [], True), ([], [], False)])
 def test_llama_server_fits_only_what_is_not_said(
     start_router: StartRouter, real_llama: Path, smollm2: Path, gpus: list[int], flags: list[str], fits: bool

@@ -14,6 +14,7 @@ import trio
 from tests.conftest import StartRouter
 from tests.harness.record import Record
 from tests.harness.router import chat_body
+from trio_router.cli import main
 
 pytestmark = pytest.mark.process
 
@@ -151,7 +152,9 @@ def test_queue_timeout_covers_loading(start_router: StartRouter) -> None:
     assert router.servers() == {}
 
 
-def test_replicas_serve_one_queue(start_router: StartRouter, record: Record, header_gguf: Path) -> None:
+def test_replicas_serve_one_queue(
+    start_router: StartRouter, record: Record, header_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second llama-server is loaded when somebody waits; one that is killed takes only its own request along."""
     gate = record.path.with_name("gate")
     model = {"model_path": header_gguf, "flags": record.flags, "replicas": 2}
@@ -162,6 +165,12 @@ def test_replicas_serve_one_queue(start_router: StartRouter, record: Record, hea
     [replica] = status["replicas"]
     assert (status["status"], replica["status"], replica["active"]) == ("ready", "ready", 1)
     assert {status["pid"], replica["pid"]} == set(router.servers())
+    assert main(["ps", "--url", router.url], {}) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [(row[:4], row[-1]) for row in shown] == [
+        (["qwen", "ready", "1/1", "1"], str(status["pid"])),
+        ([replica["name"], "ready", "1/1", "-"], str(replica["pid"])),
+    ]
     os.kill(replica["pid"], signal.SIGKILL)
     gate.touch()
     assert [each.answer().status_code for each in pending] == [200, 200, 200]

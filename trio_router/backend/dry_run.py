@@ -15,12 +15,18 @@ import attrs
 import trio
 
 from trio_router.backend.fit import SILENT
-from trio_router.backend.launch import Launcher
+from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.config.flags import flag_name
 from trio_router.config.schema import ModelConfig
 from trio_router.memory.projection import Projection, StartLog
 
 PATIENCE_SECONDS: Final = 20.0
+REFUSALS: Final = ("error: invalid argument: ", "error while handling argument ")
+"""How llama-server's complaints about its arguments begin (common/arg.cpp)."""
+
+
+class FlagsRefused(LaunchFailed):
+    """Raised when a llama-server does not take the flags it was started with; the message is its own."""
 
 
 def can_say(model: ModelConfig) -> bool:
@@ -33,7 +39,7 @@ async def project(
 ) -> Projection | None:
     """What `model` would take; None if its llama-server did not say. `look` is called with its pid once it has said it.
 
-    Raises LaunchFailed. Cancellation ends the process too.
+    Raises LaunchFailed, FlagsRefused. Cancellation ends the process too.
     """
     process, address = launcher.launch_to_project(model, number)
     listener = _Listener()
@@ -57,15 +63,20 @@ async def project(
         finally:
             await process.stop_within(0)
             address.remove()
+    if listener.refusal is not None:
+        raise FlagsRefused(listener.refusal)
     return listener.said.projection
 
 
 @attrs.define(eq=False)
 class _Listener:
     said: StartLog = attrs.field(factory=StartLog)
+    refusal: str | None = None
     done: trio.Event = attrs.field(factory=trio.Event)
 
     def hear(self, line: str) -> None:
         self.said.hear(line)
+        if self.refusal is None and line.startswith(REFUSALS):
+            self.refusal = line.strip()
         if self.said.projection is not None or self.said.loads:
             self.done.set()

@@ -2,28 +2,43 @@
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from trio_router.commands.options import AsJson
 from trio_router.commands.said import CLEAN, FAILED, print_json
 from trio_router.commands.talk import HERE, Router, in_path
 
+GONE: Final = frozenset({"off", "failed"})
+"""States of a model that has no llama-server."""
+
 
 def ps(*, router: Router = HERE, as_json: AsJson = False) -> int:
     """List the models that are in memory."""
     found = router.get("/v1/models/status")
-    resident = {alias: one for alias, one in found["models"].items() if one["status"] not in {"off", "failed"}}
+    resident = {
+        alias: one
+        for alias, one in found["models"].items()
+        if any(each["status"] not in GONE for each in (one, *one["replicas"]))
+    }
     if as_json:
         print_json(resident)
     else:
-        rows = [
-            (
-                alias, one["status"], f"{one['active']}/{one['slots']}", str(one["queued"]), _memory(one),
-                _ago(one["last_used_at"]), str(one["pid"] or "-"),
-            )
-            for alias, one in resident.items()
-        ]  # fmt: skip
+        rows = []
+        for alias, one in resident.items():
+            of = one["slots"]
+            active = one["active"] - sum(replica["active"] for replica in one["replicas"])
+            rows.append(
+                (
+                    alias, one["status"], f"{active}/{of}", str(one["queued"]), _memory(one), _ago(one["last_used_at"]),
+                    str(one["pid"] or "-"),
+                )
+            )  # fmt: skip
+            for each in one["replicas"]:
+                if each["status"] not in GONE:
+                    memory = _memory({**each, "vram_mb": one["vram_mb"], "ram_mb": one["ram_mb"]})
+                    slots = f"{each['active']}/{of}"
+                    rows.append((each["name"], each["status"], slots, "-", memory, "-", str(each["pid"] or "-")))
         table(("MODEL", "STATE", "SLOTS", "WAITING", "MEMORY", "USED", "PID"), rows)
     return CLEAN
 

@@ -1,5 +1,6 @@
 """What each model of a configuration needs, and what is wrong with its files: for `check`."""
 
+import re
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -9,7 +10,7 @@ import attrs
 import trio
 
 from trio_router.backend.address import private_folder
-from trio_router.backend.dry_run import can_say, project
+from trio_router.backend.dry_run import FlagsRefused, can_say, project
 from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.config import (
     LlamaServer,
@@ -57,7 +58,7 @@ def needs(config: RouterConfig, environ: Mapping[str, str], *, ask: bool) -> tup
     known = {problem.key for problem in problems}
     models = [model for model in config.models.values() if model_problem(config, model, "").key not in known]
     if ask and machine.server is not None:
-        _ask(machine, machine.server, models)
+        problems += _ask(machine, machine.server, models)
     rows: list[Row] = [HEAD]
     for model in config.models.values():
         numbers: Row = ("-",) * 5
@@ -97,7 +98,9 @@ def _devices(config: RouterConfig) -> Mapping[str, str]:
     return {device.uuid: device.name for device in devices}
 
 
-def _ask(machine: _Machine, server: LlamaServer, models: list[ModelConfig]) -> None:
+def _ask(machine: _Machine, server: LlamaServer, models: list[ModelConfig]) -> list[Problem]:
+    """Have llama-server say what nobody knows, and which flags it refuses."""
+    problems = []
     configure_logs("text", "warning", sys.stderr)
     with private_folder() as folder:
         launcher = Launcher(server=server, folder=folder, transport=machine.config.system.backend_transport)
@@ -107,11 +110,20 @@ def _ask(machine: _Machine, server: LlamaServer, models: list[ModelConfig]) -> N
                 continue
             try:
                 projection = trio.run(partial(project, launcher, model, number))
+            except FlagsRefused as error:
+                if _is_about(str(error), model.flags):  # else about ours: it is older than what we know
+                    problems.append(model_problem(machine.config, model, f"llama-server: {error}", "flags"))
+                continue
             except LaunchFailed:  # among the problems
                 continue
             if projection is not None:
                 machine.learned.projected(name, machine.print, projection)
     machine.learned.save()
+    return problems
+
+
+def _is_about(refusal: str, flags: tuple[str, ...]) -> bool:
+    return any(flag in re.split(r"[\s\":]+", refusal) for flag in flags)
 
 
 def _footprint(machine: _Machine, model: ModelConfig) -> Footprint:

@@ -28,9 +28,9 @@ def file_problems(config: RouterConfig, environ: Mapping[str, str]) -> tuple[Pro
     return tuple(problems)
 
 
-def model_problem(config: RouterConfig, model: ModelConfig, message: str) -> Problem:
-    """`message` about the file of `model`, located."""
-    return Problem(file=str(config.path), key=written_key(("models", model.alias, "model_path")), message=message)
+def model_problem(config: RouterConfig, model: ModelConfig, message: str, name: str = "model_path") -> Problem:
+    """`message` about the key `name` of `model`, located."""
+    return Problem(file=str(config.path), key=written_key(("models", model.alias, name)), message=message)
 
 
 def unusable_reason(model: ModelConfig) -> str | None:

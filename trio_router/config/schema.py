@@ -20,6 +20,10 @@ _WORD = Matching(r"[^\s\0]+", "a name without blanks")
 _ORIGIN = Matching(
     r"[a-z][a-z0-9+.-]*://[^/\s]+", "an origin such as 'https://example.org', nothing after the host and port"
 )
+_HOST = Matching(
+    r"\*|[0-9A-Fa-f.:]*:[0-9A-Fa-f.]*:[0-9A-Fa-f.:]*|[^\s\0:@/\\?#\[\],*]*[^\s\0:@/\\?#\[\],*.]",
+    "a name or an address without port and brackets, or '*' alone",
+)
 _ARGUMENT = Matching(r"[^\0]*", "an argument without NUL")
 _KEY = Matching(r"[!-~]+", "visible ASCII characters without blanks")
 
@@ -41,7 +45,7 @@ class ApiConfig:
     """TCP port; 0 picks a free one."""
     cors_origins: tuple[str, ...] = attrs.field(default=(), validator=Each(_ORIGIN))
     """Exact origins a browser may call from."""
-    allowed_hosts: tuple[str, ...] | None = attrs.field(default=None, validator=Each(_WORD))
+    allowed_hosts: tuple[str, ...] | None = attrs.field(default=None, validator=Each(_HOST))
     """`Host` values accepted, without port; None: loopback names and `host`. `*` accepts any."""
     max_body_mb: int = attrs.field(default=64, validator=Within(minimum=1))
     """Largest request body, MiB."""
