@@ -77,6 +77,33 @@ MESSAGES = [{"role": "user", "content": "Name three colours."}]
         ("/tokenize", {"content": "Hello, wörld", "with_pieces": True}),
         ("/detokenize", {"tokens": [1, 2, 3]}),
         ("/apply-template", {"messages": MESSAGES}),
+        *(
+            (
+                "/v1/chat/completions",
+                {"messages": [*MESSAGES, {"role": "assistant", "content": "Red, "}], "max_tokens": 4, **more},
+            )
+            for more in ({"stream": True}, {}, {"continue_final_message": True, "add_generation_prompt": False})
+        ),
+        *(
+            (path, {**body, **more, "grammar": 'root ::= "ok"'})
+            for path, body, more in (
+                ("/v1/chat/completions", {"messages": MESSAGES}, {"logprobs": True}),
+                ("/v1/chat/completions", {"messages": MESSAGES}, {"verbose": True}),
+                ("/v1/completions", {"prompt": "Once"}, {"logprobs": 1}),
+                ("/completion", {"prompt": "Once"}, {"n_probs": 1, "stop": ["k"]}),
+            )
+        ),
+        *(
+            (path, {**body, length: count, "stop": ["\n\n", "</a>"], "grammar": f'root ::= "{said}"'})
+            for said, counts in (("a\\nb </ab>", (5,)), ("\U0001f600", (1, 2)))
+            for count in counts
+            for path, body, length in (
+                ("/v1/chat/completions", {"messages": MESSAGES}, "max_tokens"),
+                ("/v1/completions", {"prompt": "Once"}, "max_tokens"),
+                ("/completion", {"prompt": "Once"}, "n_predict"),
+                ("/v1/responses", {"input": "Hi"}, "max_output_tokens"),
+            )
+        ),
         ("/v1/chat/completions", {"messages": "no list"}),
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
         ("/v1/completions", {}),

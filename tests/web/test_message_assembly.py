@@ -41,7 +41,7 @@ def use(arguments: str, *, index: int = 0) -> list[tuple[str, dict[str, Any]]]:
 
 
 def assembled(data: bytes, size: int = 1_000_000) -> bytes:
-    assembly = MessageAssembly()
+    assembly = MessageAssembly(b"{}")
     for at in range(0, len(data), size):
         assembly.feed(data[at : at + size])
     status, body = assembly.whole()

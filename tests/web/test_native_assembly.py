@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trio_router.web.assembly import NotWhole
+from trio_router.web.assembly import KeptBack, NotWhole
 from trio_router.web.native_assembly import NativeAssembly
 
 SETTINGS = {"seed": 1, "stop": ['"stream":true'], "stream": True, "timings_per_token": False}
@@ -43,12 +43,29 @@ def test_put_together(size):
     assert assembled(stream(PROGRESS, piece('G"rü'), piece("ße"), LAST), size) == (200, whole.encode())
 
 
-def test_probabilities():
-    said = [piece(text, completion_probabilities=[{"token": text, "logprob": -1.5}]) for text in "ab"]
-    status, body = assembled(stream(*said, {**LAST, "content": "c"}))
-    assert status == 200
-    assert json.loads(body)["content"] == "abc"
-    assert body.endswith(b',"completion_probabilities":[{"token":"a","logprob":-1.5},{"token":"b","logprob":-1.5}]}')
+def test_probabilities_are_of_other_tokens_in_a_stream():
+    with pytest.raises(NotWhole) as caught:
+        assembled(stream(piece("a", completion_probabilities=[{"token": "a", "logprob": -1.5}])))
+    assert not caught.value.ever
+
+
+@pytest.mark.parametrize(
+    ("said", "why", "whole"),
+    [
+        ([piece("a", tokens_predicted=1), piece("b", tokens_predicted=2)], "limit", True),
+        ([piece("a", tokens_predicted=1), piece("", tokens_predicted=2)], "limit", False),
+        ([piece("a", tokens_predicted=1)], "limit", False),
+        ([piece("a", tokens_predicted=1), piece("", tokens_predicted=2)], "eos", True),
+        ([piece("a", tokens_predicted=1)], "word", True),
+    ],
+)
+def test_an_answer_that_is_cut_lacks_what_was_kept_back(said, why, whole):
+    data = stream(*said, {**LAST, "tokens_predicted": 2, "stop_type": why})
+    if whole:
+        assert assembled(data)[0] == 200
+    else:
+        with pytest.raises(KeptBack):
+            assembled(data)
 
 
 def test_an_error_is_the_answer_that_it_would_have_been():

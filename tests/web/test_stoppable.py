@@ -15,10 +15,10 @@ from tests.web.test_app import STREAM, Server, chunk
 from trio_router.backend.answer import AnswerHead
 from trio_router.backend.connection import BackendLost
 from trio_router.web.admission import read_wish
-from trio_router.web.assembly import MAX_EVENT_BYTES, Assembly, NotWhole, ResponseAssembly, Whole
+from trio_router.web.assembly import MAX_EVENT_BYTES, Assembly, KeptBack, NotWhole, ResponseAssembly, Whole
 from trio_router.web.message_assembly import MessageAssembly
 from trio_router.web.native_assembly import NativeAssembly
-from trio_router.web.stoppable import MESSAGES, PATHS, Stoppable
+from trio_router.web.stoppable import CHATS, MESSAGES, PATHS, RESPONSES, Stoppable
 
 TEXT = "/v1/completions"
 ENDS: dict[str, Any] = {"created": 2, "id": "chatcmpl-1", "model": "m", "system_fingerprint": "b1"}
@@ -89,8 +89,9 @@ def test_what_is_asked_for(path):
     assert whole is not None
     assert whole.whole
     found = json.loads(whole.body)  # as llama-server does, Python takes the last of a field that comes twice
+    counts = {"timings_per_token": True} if path in CHATS | RESPONSES else {}
     assert found == {
-        "model": "m", "x": 1, "stream": True, "stream_options": {"include_usage": True}, "return_progress": True,
+        "model": "m", "x": 1, "stream": True, "stream_options": {"include_usage": True}, "return_progress": True, **counts,
     }  # fmt: skip
     for more in (b"", b'"tools":[],', b'"functions":[],') if path not in MESSAGES else ():
         stream = of(path, bytearray(b'{"model":"m",%b"stream":true}' % more))
@@ -112,11 +113,23 @@ def test_what_is_asked_for(path):
         ("/completion", b'{"model":"m","response_fields":["content"]}'),
         ("/completion", b'{"model":"m","return_tokens":true}'),
         ("/infill", b'{"model":"m","n_cmpl":2}'),
+        (CHAT, b'{"model":"m","logprobs":true}'),
+        (CHAT, b'{"model":"m","top_logprobs":3,"logprobs":false}'),
+        (TEXT, b'{"model":"m","logprobs":1}'),
+        ("/completion", b'{"model":"m","n_probs":1}'),
+        (CHAT, b'{"model":"m","continue_final_message":"content"}'),
+        (CHAT, b'{"model":"m","verbose":true}'),
         ("/v1/embeddings", BODY),
     ],
 )
 def test_what_is_sent_as_it_is(path, body):
     assert of(path, body) is None
+
+
+def test_what_says_nothing_is_no_reason():
+    for body in (b'"logprobs":false', b'"logprobs":null,"top_logprobs":null', b'"n_probs":0', b'"verbose":false'):
+        assert of(CHAT, b'{"model":"m",%b}' % body) is not None
+    assert of(CHAT, b'{"model":"m","logprobs":true,"stream":true}') is not None
 
 
 def test_several_answers_in_one_piece_can_be_put_together():
@@ -198,14 +211,6 @@ def test_what_has_to_wait_for_its_prompt():
         ),
         (
             events(
-                BEGIN, chat({"content": "a"}, logprobs={"content": [{"logprob": -0.1}]}),
-                chat({"content": "b"}, logprobs={"content": [{"logprob": -1e-05}, 2]}), chat({}, finish="length"), usage(3),
-            ),
-            '{"choices":[{"finish_reason":"length","index":0,"message":{"role":"assistant","content":"ab"},'
-            '"logprobs":{"content":[{"logprob":-0.1},{"logprob":-1e-05},2]}}],' + FOOT + "}",
-        ),
-        (
-            events(
                 chat({"role": "assistant", "content": None}, index=1), BEGIN, chat({"content": "b"}, index=1),
                 chat({"content": "a"}), chat({}, index=0, finish="stop"), usage(3), chat({}, index=1, finish="length"), usage(7),
             ),
@@ -222,20 +227,75 @@ def test_what_has_to_wait_for_its_prompt():
         ),
         (
             events(
-                text("a", logprobs={"content": [1]}), text("b", index=1), text("", index=1, finish="stop") | {"usage": 7},
-                text("c", logprobs={"content": [2]}), text("", finish="length") | {"usage": 3}, "[DONE]",
+                text("a"), text("b", index=1), text("", index=1, finish="stop") | {"usage": 7},
+                text("c"), text("", finish="length") | {"usage": 3}, "[DONE]",
             ),
-            ('{"choices":[{"text":"ac","index":0,"logprobs":{"content":[1,2]},"finish_reason":"length"},'
+            ('{"choices":[{"text":"ac","index":0,"logprobs":null,"finish_reason":"length"},'
             '{"text":"b","index":1,"logprobs":null,"finish_reason":"stop"}],"created":2,"model":"m",'
             '"system_fingerprint":"b1","object":"text_completion","usage":3,"id":"chatcmpl-1"}'),
         ),
     ],
-    ids=["text", "a beginning", "nothing said", "reasoning", "tools", "tools after words",  "probabilities", "two answers", "completion", "two completions"],
+    ids=["text", "a beginning", "nothing said", "reasoning", "tools", "tools after words", "two answers", "completion", "two completions"],
 )  # fmt: skip
 def test_put_together(stream, whole):
     for size in (1_000_000, 100, 1):
         assert assembled(stream, size) == (200, whole.encode())
     json.loads(whole)
+
+
+def counted(chunk: dict[str, Any], count: int) -> dict[str, Any]:
+    return chunk | {"timings": {"predicted_n": count}}
+
+
+CUT_OFF = chat({}, finish="length")
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        events(BEGIN, counted(chat({"content": "a"}), 2), CUT_OFF, counted(usage(3), 3)),
+        events(BEGIN, counted(chat({"reasoning_content": "a"}), 2), counted(chat({"content": ""}), 3), CUT_OFF, counted(usage(3), 3)),
+        events(BEGIN, CUT_OFF, counted(usage(3), 3)),
+        events(counted(text("a"), 1), counted(text("", finish="length") | {"usage": 2}, 2)),
+        events(
+            BEGIN, counted(chat({"content": "a"}), 1), CUT_OFF, counted(usage(1), 1),
+            counted(chat({"content": "b"}, index=1), 1), chat({}, index=1, finish="length"), counted(usage(2), 2),
+        ),
+    ],
+    ids=["a text", "a thought", "all of it", "a completion", "the second"],
+)  # fmt: skip
+def test_an_answer_that_is_cut_lacks_what_was_kept_back(stream):
+    """Half a character, or the beginning of a stop word: an answer in one piece has it."""
+    with pytest.raises(KeptBack) as caught:
+        assembled(stream)
+    assert not caught.value.ever
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        events(BEGIN, counted(chat({"content": "a"}), 2), counted(chat({"content": "b"}), 3), CUT_OFF, counted(usage(3), 3)),
+        events(BEGIN, counted(chat({"content": "a"}), 1), chat({}, finish="stop"), counted(usage(3), 3)),
+        events(counted(text("a"), 2), counted(text("", finish="length") | {"usage": 2}, 2)),
+    ],
+    ids=["to the last token", "ended", "a completion"],
+)  # fmt: skip
+def test_an_answer_of_which_nothing_was_kept_back(stream):
+    assert assembled(stream)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("chunk", "ever"),
+    [
+        (chat({"content": "a"}, logprobs={"content": []}), False),
+        (text("a", logprobs={"content": []}), False),
+        (chat({"content": "a"}) | {"__verbose": {"content": ""}}, True),
+    ],
+)
+def test_what_streams_say_otherwise(chunk, ever):
+    with pytest.raises(NotWhole) as caught:
+        assembled(events(BEGIN, chunk))
+    assert caught.value.ever == ever
 
 
 def test_an_error_is_the_answer_that_it_would_have_been():
@@ -281,7 +341,7 @@ def test_what_only_a_stream_can_end_with():
 
 
 def test_what_is_too_long_is_no_event():
-    for assembly in (Assembly(), ResponseAssembly(), MessageAssembly(), NativeAssembly()):
+    for assembly in (Assembly(), ResponseAssembly(b"{}"), MessageAssembly(b"{}"), NativeAssembly()):
         assembly.feed(b"x" * MAX_EVENT_BYTES)
         with pytest.raises(NotWhole, match="an event has more than"):
             assembly.feed(b"x")
@@ -301,7 +361,7 @@ def named(kind: str, **fields: Any) -> bytes:
 @pytest.mark.parametrize("size", [1, 10, 1000])
 def test_a_whole_response(size):
     stream = named("created") + named("in_progress") + named("completed", response=RESPONSE, timings={"x": 1})
-    assembly = ResponseAssembly()
+    assembly = ResponseAssembly(b"{}")
     for at in range(0, len(stream), size):
         assembly.feed(stream[at : at + size])
     status, body = assembly.whole()
@@ -327,10 +387,25 @@ def test_a_whole_response(size):
     ],
 )
 def test_what_makes_no_whole_response(stream):
-    assembly = ResponseAssembly()
+    assembly = ResponseAssembly(b"{}")
     assembly.feed(stream)
     with pytest.raises(NotWhole):
         assembly.whole()
+
+
+@pytest.mark.parametrize(
+    ("spoken", "bound", "whole"), [(3, 3, True), (2, 3, False), (0, 3, False), (2, 4, True), (2, None, True)]
+)
+def test_a_response_that_is_cut_lacks_what_was_kept_back(spoken, bound, whole):
+    assembly = ResponseAssembly(json.dumps({"max_output_tokens": bound}).encode())
+    if spoken:
+        assembly.feed(named("output_text.delta", delta="a", timings={"predicted_n": spoken}))
+    assembly.feed(named("completed", response=RESPONSE))
+    if whole:
+        assert assembly.whole()[0] == 200
+    else:
+        with pytest.raises(KeptBack):
+            assembly.whole()
 
 
 def test_items_of_a_response_that_are_no_text():
@@ -346,7 +421,7 @@ def test_items_of_a_response_that_are_no_text():
             "name": "f",
         },
     ]
-    assembly = ResponseAssembly()
+    assembly = ResponseAssembly(b"{}")
     assembly.feed(named("completed", response={**RESPONSE, "output": items}))
     _, body = assembly.whole()
     assert (
@@ -357,7 +432,7 @@ def test_items_of_a_response_that_are_no_text():
 
 @pytest.mark.parametrize(("ended", "ever"), [(events({"error": {"code": 500}}), False), (named("created"), True)])
 def test_a_response_that_ends_with_an_error_says_nothing_of_others(ended, ever):
-    assembly = ResponseAssembly()
+    assembly = ResponseAssembly(b"{}")
     assembly.feed(ended)
     with pytest.raises(NotWhole) as caught:
         assembly.whole()
@@ -406,6 +481,62 @@ async def test_lines_on_progress_are_left_out_of_a_stream(size):
             while piece := await connection.receive():
                 found += piece
         assert found == rest
+
+
+REPEATED = progress(0) | {"choices": chat({"content": "Once"})["choices"]}
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (CHAT, events(BEGIN, REPEATED, progress(9), BEGIN, chat({"content": " more"}))),
+        (CHAT, events(BEGIN, chat({"reasoning_content": "hm"}), REPEATED, progress(9), BEGIN)),
+        (
+            "/v1/responses",
+            named("created") + named("in_progress") + named("output_item.added", item={"content": []})
+            + named("output_text.delta", delta="Once", prompt_progress={"total": 9}),
+        ),
+    ],
+    ids=["a chat", "a chat with thoughts", "a response"],
+)  # fmt: skip
+async def test_a_stream_that_goes_on_with_what_was_said(path, said, size):
+    """It is told with lines on progress, and in other pieces than without them."""
+    if size < 10_000 and b"reasoning" in said:
+        pytest.skip("what belongs together comes in one piece")
+    async with linked() as (connection, peer), trio.open_nursery() as nursery:
+        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+        pieces = [STREAM, *(chunk(said[at : at + size]) for at in range(0, len(said), size))]
+        nursery.start_soon(say, peer, *pieces)
+        head = await connection.receive_head()
+        with trio.fail_after(10), pytest.raises(NotWhole) as caught:
+            await Stoppable(path, b"{}", whole=False).begin(connection, head)
+        assert not caught.value.ever
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "first"),
+    [
+        (CHAT, [BEGIN, chat({"content": "a"}), chat({"content": "b"})], 2),
+        (
+            "/v1/responses",
+            [named("created"), named("in_progress"), named("output_text.delta", delta="a"), named("x")],
+            3,
+        ),
+    ],
+    ids=["a chat", "a response"],
+)
+async def test_a_llama_server_that_says_nothing_of_progress(path, said, first):
+    """What came first is held back until it is known that none comes."""
+    written = [each if isinstance(each, bytes) else events(each) for each in said]
+    async with linked() as (connection, peer):
+        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+        await say(peer, STREAM, *map(chunk, written[:first]))
+        with trio.fail_after(10):
+            head = await connection.receive_head()
+            _, found = await Stoppable(path, b"{}", whole=False).begin(connection, head)
+        assert found == b"".join(written[:first])
 
 
 async def test_a_stream_without_one_whole_event():
@@ -493,7 +624,7 @@ async def test_a_backend_that_answers_in_one_piece_all_the_same(sockets):
 
 
 class NoStreamWithTools:
-    """As llama-server refuses log probabilities beside tools in a stream only."""
+    """Refuses a stream where it would answer in one piece."""
 
     def __init__(self) -> None:
         self.asked: list[bytes] = []
@@ -501,7 +632,7 @@ class NoStreamWithTools:
     async def __call__(self, stream: trio.SocketStream) -> None:
         while asked := await read_request(stream):
             self.asked.append(asked.partition(b"\r\n\r\n")[2])
-            refused = b'"stream":true' in asked and b'"logprobs"' in asked
+            refused = b'"stream":true' in asked and b'"grammar"' in asked
             if refused:
                 await stream.send_all(answer(b'{"error":{"code":400}}').replace(b"200 OK", b"400 Bad Request"))
             elif b'"stream":true' in asked:
@@ -515,7 +646,7 @@ class NoStreamWithTools:
 async def test_what_is_refused_as_a_stream_is_asked_for_as_it_was(sockets, way):
     """And the next one as a stream again."""
     server = NoStreamWithTools()
-    body = b'{"model":"qwen","tools":[],"logprobs":true}'
+    body = b'{"model":"qwen","tools":[],"grammar":""}'
     async with open_site(sockets, server, stop_at_once=True) as site:
         reply = await site.ask("POST", CHAT, WAYS[way], body)
         assert (reply.status, reply.body) == (200, b'{"in":"one piece"}')

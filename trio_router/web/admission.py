@@ -111,6 +111,9 @@ class Body(msgspec.Struct):
     keep_alive: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
+_NOTHING: Final = frozenset({b"false", b"null", b"0"})
+
+
 class Talk(Body):
     """The same of a request that may belong to a conversation, or be asked for in another way."""
 
@@ -126,6 +129,11 @@ class Talk(Body):
     n_cmpl: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     response_fields: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     return_tokens: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    continue_final_message: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    logprobs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    top_logprobs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    n_probs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    verbose: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def wants_progress(self) -> bool:
@@ -153,6 +161,16 @@ class Talk(Body):
     def is_cut_out(self) -> bool:
         """Whether it says of one of llama-server's own answers what is to stand in it."""
         return self.response_fields is not msgspec.UNSET or self.return_tokens is not msgspec.UNSET
+
+    @property
+    def is_told_otherwise(self) -> bool:
+        """Whether an answer in one piece says what its stream does not.
+
+        Log probabilities have the token that ends the answer, and not those of a stop word; what is gone on with is
+        repeated; `__verbose` holds the text.
+        """
+        fields = (self.continue_final_message, self.logprobs, self.top_logprobs, self.n_probs, self.verbose)
+        return any(field is not msgspec.UNSET and bytes(field) not in _NOTHING for field in fields)
 
     def conversation(self, session: bytes | None) -> Conversation | None:
         """Which one; None for several prompts at once, which need as many slots as there are."""

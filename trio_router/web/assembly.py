@@ -6,7 +6,7 @@ together in modules of their own.
 """
 
 from collections.abc import Iterable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import attrs
 import msgspec
@@ -18,6 +18,7 @@ Raw = dict[str, msgspec.Raw]
 CHUNK: Final = msgspec.json.Decoder(Raw)
 ONLY_STREAMS: Final = b"Invalid diff: "
 """What llama-server says when what it read in an answer so far does not begin with what it read before."""
+CUT: Final = b'"length"'
 COUNT: Final = msgspec.json.Decoder(int)
 ITEMS: Final = msgspec.json.Decoder(list[Raw])
 
@@ -29,6 +30,13 @@ class NotWhole(Exception):
         super().__init__(why)
         self.ever = ever
         """Whether that is to be expected of other streams like it."""
+
+
+class KeptBack(NotWhole):
+    """Raised when an answer was cut while llama-server kept something of it back, which its stream then lacks."""
+
+    def __init__(self) -> None:
+        super().__init__("it was cut while something was kept back", ever=False)
 
 
 class Whole(Protocol):
@@ -84,6 +92,11 @@ def inside(text: bytes) -> bytes:
     return text[1:-1]
 
 
+def made(timings: bytes) -> int:
+    """How many tokens there are by llama-server's `timings`; none, if there are none."""
+    return COUNT.decode(raw(timings).get("predicted_n", b"0")) if timings else 0
+
+
 def written(fields: Iterable[tuple[str, bytes | msgspec.Raw]]) -> bytes:
     """A JSON object."""
     return b"{%b}" % b",".join([b'"%b":%b' % (name.encode(), bytes(value)) for name, value in fields])
@@ -96,56 +109,62 @@ class Choice:
     texts: dict[str, list[bytes]] = attrs.field(factory=dict)
     """What is inside the quotation marks of each string that comes in pieces."""
     calls: dict[int, "_Call"] = attrs.field(factory=dict)
-    logprobs: list[bytes] = attrs.field(factory=list)
     finish: bytes = b""
+    spoken: bytes = b""
+    """llama-server's timings when it said something of it last."""
+    ended: bytes = b""
+    """The same at the end."""
 
-    def take(self, found: Raw) -> None:
-        """What a line of the stream says of it."""
+    def take(self, found: Raw) -> bool:
+        """What a line of the stream says of it; whether that is something. Raises NotWhole."""
+        speaks = False
         for name, value in found.items():
             said = bytes(value)
             match name:
                 case "delta":
                     for part, text in raw(value).items():
-                        self._add(part, text)
+                        speaks |= self._add(part, text)
                 case "logprobs" if said != b"null":
-                    self.logprobs.append(raw(value)["content"][1:-1])
+                    raise NotWhole("there are log probabilities, which streams have of other tokens", ever=False)
                 case "finish_reason" if said != b"null":
                     self.finish = said
                 case "text":
-                    self._add(name, said)
+                    speaks |= self._add(name, said)
+        return speaks
 
-    def _add(self, name: str, value: bytes) -> None:
+    def _add(self, name: str, value: bytes) -> bool:
         if name == "tool_calls":
             for call in ITEMS.decode(value):
                 self.calls.setdefault(COUNT.decode(call["index"]), _Call()).take(call)
-        elif value != b"null":
-            pieces = self.texts.setdefault(name, [])
-            if name == "role":  # it may be said again
-                pieces.clear()
-            pieces.append(inside(value))
+            return True
+        if value == b"null":
+            return False
+        pieces = self.texts.setdefault(name, [])
+        if name == "role":  # it may be said again
+            pieces.clear()
+        pieces.append(inside(value))
+        return name != "role" and value != b'""'
+
+    def check_cut(self) -> None:
+        """Raise NotWhole if it was cut, and something before that was kept back: it stands in whole answers only."""
+        if self.finish == CUT and self.ended and made(self.spoken) != made(self.ended):
+            raise KeptBack
 
     def text(self, name: str) -> bytes:
         return b'"%b"' % b"".join(self.texts.get(name, ()))
-
-    def probabilities(self) -> bytes:
-        return b'{"content":[%b]}' % b",".join(self.logprobs)
 
     def message(self, index: int) -> bytes:
         """As in the answer to a chat."""
         more = b',"reasoning_content":' + self.text("reasoning_content") if "reasoning_content" in self.texts else b""
         if self.calls:
             more += b',"tool_calls":[%b]' % b",".join([call.written() for _, call in sorted(self.calls.items())])
-        logprobs = b',"logprobs":' + self.probabilities() if self.logprobs else b""
-        return b'{"finish_reason":%b,"index":%d,"message":{"role":%b,"content":%b%b}%b}' % (
-            self.finish, index, self.text("role"), self.text("content"), more, logprobs,
+        return b'{"finish_reason":%b,"index":%d,"message":{"role":%b,"content":%b%b}}' % (
+            self.finish, index, self.text("role"), self.text("content"), more,
         )  # fmt: skip
 
     def completion(self, index: int) -> bytes:
         """As in the answer to a bare prompt."""
-        logprobs = self.probabilities() if self.logprobs else b"null"
-        return b'{"text":%b,"index":%d,"logprobs":%b,"finish_reason":%b}' % (
-            self.text("text"), index, logprobs, self.finish,
-        )  # fmt: skip
+        return b'{"text":%b,"index":%d,"logprobs":null,"finish_reason":%b}' % (self.text("text"), index, self.finish)
 
 
 @attrs.define
@@ -206,12 +225,19 @@ class Assembly(OfChunks):
     """The choice that was spoken of last."""
 
     def _take(self, chunk: dict[str, bytes]) -> None:
+        if "__verbose" in chunk:
+            raise NotWhole("it says `__verbose`, which in a stream is without the text")
+        timings = chunk.get("timings", b"")
         for found in ITEMS.decode(chunk.pop("choices")):
             self._finished = COUNT.decode(found["index"])
-            self._choices.setdefault(self._finished, Choice()).take(found)
+            choice = self._choices.setdefault(self._finished, Choice())
+            if choice.take(found):
+                choice.spoken = timings
         if "prompt_progress" in chunk:  # what an answer goes on with comes with it
             return
-        self._timings = chunk.get("timings", self._timings)
+        if "usage" in chunk and self._finished in self._choices:
+            self._choices[self._finished].ended = timings
+        self._timings = timings or self._timings
         if self._finished != 0 or "usage" not in chunk:  # those of the first choice stand in the answer
             chunk.pop("usage", None)
             chunk.pop("timings", None)
@@ -224,6 +250,8 @@ class Assembly(OfChunks):
         choices, last = self._choices, self._last
         if not choices or "usage" not in last or not all(choice.finish for choice in choices.values()):
             raise NotWhole("the stream ended before the answer did")
+        for choice in choices.values():
+            choice.check_cut()
         try:
             return 200, self._in_order(choices, last)
         except KeyError as error:
@@ -251,13 +279,19 @@ class Assembly(OfChunks):
 class ResponseAssembly:
     """The Responses API's, whose last event holds the whole, in another order."""
 
+    _source: bytes | bytearray
+    """The request's body."""
     _events: Events = attrs.field(factory=Events)
     _end: bytes = b""
+    _spoken: bytes = b""
+    """The last event that said something of the text."""
 
     def feed(self, piece: bytes) -> None:
         """Take what came. Raises NotWhole."""
         for event in self._events.split(piece):
             self._end = event
+            if b'"delta":' in event:
+                self._spoken = event
 
     def whole(self) -> tuple[int, bytes]:
         """The status and the body of the answer whose stream came. Raises NotWhole."""
@@ -266,11 +300,23 @@ class ResponseAssembly:
             raise NotWhole("the stream ended before the response did", ever=b'"error":' not in self._end)
         try:
             found = CHUNK.decode(CHUNK.decode(data)["response"])
+            self._check_cut(COUNT.decode(CHUNK.decode(found["usage"])["output_tokens"]))
             found["completed_at"] = found["created_at"]
             found["output"] = msgspec.Raw(b"[%b]" % b",".join(map(_item, ITEMS.decode(found["output"]))))
         except (msgspec.DecodeError, KeyError) as error:
             raise NotWhole(f"the response is not as expected ({error})") from error
         return 200, written(sorted(found.items()))
+
+    def _check_cut(self, count: int) -> None:
+        """Raise NotWhole as a choice does. That it was cut is said nowhere: it is as long as it may be."""
+        if count == msgspec.json.decode(self._source, type=_Bound).max_output_tokens:
+            spoken = raw(self._spoken.partition(b"\ndata: ")[2]).get("timings", b"") if self._spoken else b""
+            if made(spoken) != count:
+                raise KeptBack
+
+
+class _Bound(msgspec.Struct):
+    max_output_tokens: Any = None
 
 
 def _item(item: Raw) -> bytes:

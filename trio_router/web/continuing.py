@@ -2,8 +2,7 @@
 
 What came of the answer is kept, and llama-server is asked to go on from there: a chat with what was said so far as its
 last message, which it continues and repeats at the beginning of its own; a bare prompt with that at its end. What it
-says of itself is joined: the tokens of all parts were made, the prompt is the first one's, probabilities follow each
-other.
+says of itself is joined: the tokens of all parts were made, the prompt is the first one's.
 
 That a chat was gone on with, and not answered anew behind an answer that breaks off, is known by the repetition. Where
 that does not come (its template cannot be continued, `--no-prefill-assistant`, a model that thinks first, a build that
@@ -65,7 +64,6 @@ class Part:
 
     text: bytes
     """JSON, without its quotation marks."""
-    logprobs: list[bytes]
     timings: Timings
     """llama-server's own, at the last token."""
 
@@ -170,7 +168,7 @@ class PartAssembly(Assembly):
             return
         timings = msgspec.json.decode(self._timings)
         if self._said and "reasoning_content" not in choice.texts and timings.keys() >= NEEDED:
-            self.continuing.keep(Part(text=self._said, logprobs=choice.logprobs, timings=timings))
+            self.continuing.keep(Part(text=self._said, timings=timings))
 
     def whole(self) -> tuple[int, bytes]:
         """The status and the body of the answer. Raises NotWhole, NotContinued."""
@@ -180,7 +178,6 @@ class PartAssembly(Assembly):
         if parts and choice is not None and "usage" in self._last:
             if not self.continuing.is_chat:
                 choice.texts.setdefault("text", []).insert(0, self.continuing.text)
-            choice.logprobs[:0] = [each for part in parts for each in part.logprobs]
             self._last = self.continuing.joined(self._last)
         return super().whole()
 

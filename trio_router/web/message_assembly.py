@@ -6,7 +6,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from trio_router.web.assembly import COUNT, Events, NotWhole, inside, raw, written
+from trio_router.web.assembly import COUNT, Events, KeptBack, NotWhole, inside, raw, written
 
 _PIECES = {b'"text_delta"': "text", b'"thinking_delta"': "thinking", b'"input_json_delta"': "partial_json"}
 
@@ -45,6 +45,8 @@ class _Block:
 class MessageAssembly:
     """An answer, while its stream comes. One that ends with an error is asked for again: the stream words it otherwise."""
 
+    _source: bytes | bytearray
+    """The request's body."""
     _events: Events = attrs.field(factory=Events)
     _message: dict[str, bytes] | None = None
     _blocks: dict[int, _Block] = attrs.field(factory=dict)
@@ -80,6 +82,7 @@ class MessageAssembly:
         if self._message is None or self._end is None:  # no first event: llama-server keeps half a character back
             raise NotWhole("the stream lacks its beginning or its end", ever=self._end is None)
         end = self._end
+        self._check_cut(end)
         try:
             blocks = b",".join([block.written() for _, block in sorted(self._blocks.items())])
             usage = raw(self._message["usage"]) | {"output_tokens": end["output_tokens"]}
@@ -88,6 +91,16 @@ class MessageAssembly:
             raise NotWhole(f"the stream is not as expected ({error})") from error
         fields = self._message | {"content": b"[%b]" % blocks, **stopped, "usage": written(usage.items())}
         return 200, written(fields.items())
+
+    def _check_cut(self, end: dict[str, bytes]) -> None:
+        """Raise NotWhole if it was cut, and may have begun to say one of the request's stop words.
+
+        As far as is known: not every token says something. Half a character that is lost at the end is not missed.
+        """
+        if end.get("stop_reason") == b'"max_tokens"' and b'"stop_sequences"' in self._source:
+            said = sum(len(block.pieces) for block in self._blocks.values())
+            if said != COUNT.decode(end.get("output_tokens", b"0")):
+                raise KeptBack
 
 
 def _input(arguments: str) -> bytes:

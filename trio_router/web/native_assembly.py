@@ -2,7 +2,7 @@
 
 import attrs
 
-from trio_router.web.assembly import NotWhole, OfChunks, inside, written
+from trio_router.web.assembly import KeptBack, NotWhole, OfChunks, inside, written
 
 STREAMED = b'"stream":true'
 """In the settings that an answer repeats; inside a string its quotes would be escaped."""
@@ -13,15 +13,19 @@ class NativeAssembly(OfChunks):
     """One answer, while its stream comes: the last event says it all but for what came in pieces."""
 
     _content: list[bytes] = attrs.field(factory=list)
-    _probabilities: list[bytes] = attrs.field(factory=list)
+    _spoken: bytes = b"0"
+    """How many tokens there were when something was said last."""
     _last: dict[str, bytes] | None = None
 
     def _take(self, chunk: dict[str, bytes]) -> None:
         if "prompt_progress" in chunk:
             return
-        self._content.append(inside(chunk["content"]))
         if "completion_probabilities" in chunk:
-            self._probabilities.append(chunk.pop("completion_probabilities")[1:-1])
+            raise NotWhole("there are log probabilities, which streams have of other tokens", ever=False)
+        said = inside(chunk["content"])
+        if said:
+            self._content.append(said)
+            self._spoken = chunk.get("tokens_predicted", b"0")
         if chunk["stop"] == b"true":
             if self._last is not None:
                 raise NotWhole("there are several answers in the stream")
@@ -33,9 +37,9 @@ class NativeAssembly(OfChunks):
             return self._error
         if self._last is None:
             raise NotWhole("the stream ended before the answer did")
+        if self._last.get("stop_type") == b'"limit"' and self._spoken != self._last.get("tokens_predicted"):
+            raise KeptBack
         fields = self._last | {"content": b'"%b"' % b"".join(self._content)}
         if "generation_settings" in fields:
             fields["generation_settings"] = fields["generation_settings"].replace(STREAMED, b'"stream":false')
-        if self._probabilities:
-            fields["completion_probabilities"] = b"[%b]" % b",".join(self._probabilities)
         return 200, written(fields.items())

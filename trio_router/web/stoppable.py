@@ -9,14 +9,15 @@ Unless `system.stop_at_once` is off, that is asked for in the place of what the 
 are left out again; a whole answer is put together from its stream as llama-server would have written it: in the same
 order, and with its own numbers, digit by digit. A stream that no whole can be made from is asked for again as the client
 did, and so is what comes after it on the same path, until there is another llama-server. What llama-server does not
-stream, or words otherwise there, is asked for again likewise, but only that: log probabilities beside tools, an error in
-the middle of a message or a response. Whatever stands in a llama-server's place, and does not say in `/props` which
+stream, or words otherwise there, is asked for again likewise, but only that: an error in the middle of a message or a
+response, an answer that is cut at its greatest length while something of it is kept back (half a character, or what may
+be the beginning of a stop word), a stream that goes on with what the model had said. Whatever stands in a llama-server's place, and does not say in `/props` which
 build of llama.cpp it is, gets every request as it came.
 
 Left alone is what gains nothing or lacks something. A message's stream (`/v1/messages`) does not say how far its prompt
 is, so a message stops at once only from its first token on. Streams of several answers have lines on progress anywhere.
 Of llama-server's own completions, several at once, and those with `response_fields` or `return_tokens`, say other things
-in one piece. Embeddings, rankings and audio have no stream.
+in one piece, and so do answers with log probabilities, with `continue_final_message` and with `verbose`. Embeddings, rankings and audio have no stream.
 """
 
 import re
@@ -39,6 +40,10 @@ MESSAGES: Final = frozenset({"/v1/messages"})
 NATIVE: Final = frozenset({"/completion", "/completions", "/infill"})
 PATHS: Final = CHATS | RESPONSES | MESSAGES | NATIVE
 PROGRESS: Final = b'"prompt_progress":'
+ROLE: Final = b'"content":null'
+"""In the event of a chat that says who speaks, and nothing else."""
+DELTA: Final = b'"delta":'
+ANNOUNCING: Final = b"event: response.in_progress"
 _BLANKS: Final = b" \t\r\n"
 _OPENS: Final = ord("{")
 _ITS_PROGRESS: Final = re.compile(rb',"prompt_progress":\{[^{}]*\}')
@@ -64,7 +69,9 @@ class Stoppable:
         """None for a request that is to be sent as it is."""
         if path not in PATHS or talk.is_odd or talk.wants_progress or (talk.is_several and (stream or path in NATIVE)):
             return None
-        if (stream and path in MESSAGES) or (not stream and path in NATIVE and talk.is_cut_out):
+        if stream and path in MESSAGES:
+            return None
+        if not stream and (talk.is_told_otherwise or (path in NATIVE and talk.is_cut_out)):
             return None
         return cls(path, body, whole=not stream, tools=talk.has_tools)
 
@@ -84,9 +91,9 @@ class Stoppable:
         more = b',"return_progress":true}'
         if self.whole:  # of fields that come twice, llama-server takes the last
             more = b',"stream":true,"stream_options":{"include_usage":true}' + more
-        source = self.source
-        if self.continuing is not None:
-            source, more = self.continuing.body, b',"timings_per_token":true' + more
+            if self.path in CHATS or self.path in RESPONSES:  # the others do not say it, or say it in another way
+                more = b',"timings_per_token":true' + more
+        source = self.source if self.continuing is None else self.continuing.body
         end = _end(source, len(source)) - 1
         if source[_end(source, end) - 1] == _OPENS:  # there is nothing in it
             more = more[1:]
@@ -150,9 +157,9 @@ class Stoppable:
         if self.continuing is not None:
             return PartAssembly(continuing=self.continuing)
         if self.path in RESPONSES:
-            return ResponseAssembly()
+            return ResponseAssembly(self.source)
         if self.path in MESSAGES:
-            return MessageAssembly()
+            return MessageAssembly(self.source)
         return NativeAssembly() if self.path in NATIVE else Assembly()
 
 
@@ -164,33 +171,51 @@ def _end(source: bytes | bytearray, end: int) -> int:
 
 
 async def _first_event(connection: Connection) -> bytes:
-    """What comes behind the lines on progress, from the first event that is whole."""
-    data = b""
+    """What comes behind the lines on progress, from the first event that is whole.
+
+    Raises NotWhole if there was something before them: the answer goes on with a last message of the model's own, which
+    is repeated with them, and in other pieces than without.
+    """
+    data = kept = b""
+    told = begun = False
     while piece := await connection.receive():
-        data += piece
-        while (end := data.find(END)) >= 0:
-            if PROGRESS not in data[:end]:
-                return data
-            data = data[end + len(END) :]
-    return data
+        *events, data = (data + piece).split(END)
+        for event in events:
+            if PROGRESS in event:
+                _check_new(kept)
+                told = True
+            else:
+                kept += event + END
+                begun |= ROLE not in event
+        if kept and (told or begun):
+            return kept + data
+    return kept + data
 
 
 async def _first_of_response(connection: Connection) -> bytes:
     """The first events, the Responses API's, once there are others than those that announce them.
 
-    Progress is said in events that would come anyway, and more of them.
+    Progress is said in events that would come anyway, and more of them. Raises NotWhole as above.
     """
     data = kept = b""
-    announced = False
+    told = False
     while piece := await connection.receive():
         data += piece
         while (end := data.find(END)) >= 0:
             event, data = data[: end + len(END)], data[end + len(END) :]
             if PROGRESS not in event:
                 kept += event
-                if not event.startswith(b"event: response.created"):
+                if told or DELTA in event:
                     return kept + data
-            elif not announced:
-                announced = True
-                kept += _ITS_PROGRESS.sub(b"", event)
+            else:
+                if not event.startswith(ANNOUNCING):
+                    _check_new(event)
+                if not told:
+                    told = True
+                    kept += _ITS_PROGRESS.sub(b"", event)
     return kept + data
+
+
+def _check_new(said: bytes) -> None:
+    if said:
+        raise NotWhole("it goes on with what the model had said", ever=False)
