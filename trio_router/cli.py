@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None, environ: Mapping[str, str] = os
 
 def _said(status: int) -> int:
     """The same, once all is written: what cannot be is told of now."""
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it may be closed
+        sys.stdout.flush()
     return status
 
 

@@ -66,6 +66,7 @@ from trio_router.web.reload import Reloader
 from trio_router.web.streams import Streams
 from trio_router.web.waiting_streams import WaitingStreams
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LAST_WORDS_SECONDS = 0.5
 LOOK_SECONDS = 0.05
 """How long the end waits for refusals to be written, and for streams that their clients do not read."""
@@ -85,17 +86,28 @@ def main(
 
     `read` reads the configuration once more, and raises ConfigError if it is wrong.
     """
+    reserve_standard_files()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to be reloaded
     raise_file_limit()
     out = cast("TextIO", Output.of(sys.stderr))
     configure_logs(log_format, log_level, out)
     try:
         with private_folder() as folder, reaping() as reaper:
             transport = config.system.backend_transport
-            launcher = Launcher(server=server, folder=folder, transport=transport, reaper=reaper)
+            launcher = Launcher(server=server, folder=folder.ensured, transport=transport, reaper=reaper)
             return trio.run(serve, config, launcher, read, request_log(log_format, log_level, out))
     except OSError as error:
         print(f"trio-router: {error}", file=sys.stderr)  # noqa: T201  (the last word of a program)
         return 1
+
+
+def reserve_standard_files() -> None:
+    """Where one of them is closed, no other file shall have its number: programs write there without asking."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def raise_file_limit() -> None:
@@ -150,7 +162,9 @@ async def serve(
         # no traceback: the sentence says all
         log.error("cannot listen", host=config.api.host, port=config.api.port, error=str(error))  # noqa: TRY400
         return 1
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    for number in SIGNALS:  # what comes when nobody heeds them any more is not to cut the end short
+        signal.signal(number, signal.SIG_IGN)
+    with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as root:
             await root.start(events.run)
             await root.start(devices.run)

@@ -1,5 +1,6 @@
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -24,8 +25,8 @@ import sys
 from pathlib import Path
 from trio_router.backend.address import private_folder
 with private_folder() as folder:
-    (folder / "0-1.sock").touch()
-    print(folder, flush=True)
+    (folder.path / "0-1.sock").touch()
+    print(folder.path, flush=True)
     sys.stdin.read()
 """
 
@@ -39,7 +40,9 @@ def base(tmp_path, monkeypatch):
 def test_the_folder_is_ours_alone_and_gone_at_the_end(base):
     before = os.umask(0)
     try:
-        with private_folder() as folder:
+        with private_folder() as made:
+            folder = made.ensured()
+            assert folder == made.path
             assert folder.parent == base
             assert folder.name.startswith(FOLDER_PREFIX)
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -61,9 +64,30 @@ def test_it_is_gone_after_an_error_too_and_no_descriptor_is_left(base):
 
 def test_two_routers_have_two(base):
     with private_folder() as one, private_folder() as other:
-        assert one != other
-        assert one.is_dir()
-        assert other.is_dir()
+        assert one.path != other.path
+        assert one.path.is_dir()
+        assert other.path.is_dir()
+
+
+def test_one_that_was_taken_away_is_made_again(base, monkeypatch, tmp_path_factory):
+    """Somewhere else, if it has to be."""
+    before = descriptors()
+    with private_folder() as folder:
+        first = folder.path
+        shutil.rmtree(first)
+        second = folder.ensured()
+        assert second.is_dir()
+        assert second.parent == base
+        assert stat.S_IMODE(second.stat().st_mode) == 0o700
+        with private_folder():
+            assert second.is_dir(), "it is locked, as the first was"
+        shutil.rmtree(base)
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
+        assert folder.ensured().parent == elsewhere
+        assert folder.ensured() == folder.path
+    assert list(elsewhere.iterdir()) == []
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize("runtime", ["", "/nowhere/at/all"])
@@ -71,7 +95,7 @@ def test_without_a_runtime_folder_it_is_the_temporary_one(tmp_path, monkeypatch,
     monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with private_folder() as folder:
-        assert folder.parent == tmp_path
+        assert folder.path.parent == tmp_path
 
 
 @pytest.mark.process

@@ -32,7 +32,7 @@ def launcher(folder: Path, body: str) -> Launcher:
     head = f"import os,sys,time\nopen({str(folder / 'told')!r},'w').write(f'{{os.getpid()}} '+' '.join(sys.argv[1:]))\n"
     path.write_text(f"#!{sys.executable} -S\n{head}{body}\n")
     path.chmod(0o755)
-    return Launcher(server=LlamaServer(path=path), folder=folder, transport=BackendTransport.UNIX)
+    return Launcher(server=LlamaServer(path=path), folder=lambda: folder, transport=BackendTransport.UNIX)
 
 
 def entry(file: Path, flags: str = "") -> ModelConfig:
@@ -109,7 +109,7 @@ def test_one_that_may_not_speak_is_not_asked(tmp_path: Path) -> None:
 @pytest.mark.e2e
 async def test_the_real_one_says_what_the_formula_says(tmp_path: Path, real_llama: Path, smollm2: Path) -> None:
     server = LlamaServer(path=real_llama, environment={"LD_LIBRARY_PATH": str(real_llama.parent)})
-    asked = Launcher(server=server, folder=tmp_path, transport=BackendTransport.UNIX)
+    asked = Launcher(server=server, folder=lambda: tmp_path, transport=BackendTransport.UNIX)
     model = entry(smollm2, "-c 2048 --device none")
     found = await project(asked, model, 0)
     assert found.devices == ()

@@ -18,7 +18,7 @@ PORT = Address(port=4711, key="the-key")
 
 def launcher(folder: Path = Path("/run/x"), server: str = "/bin/llama-server", **options) -> Launcher:
     options = {"transport": BackendTransport.UNIX, **options}
-    return Launcher(server=LlamaServer(path=Path(server)), folder=folder, **options)
+    return Launcher(server=LlamaServer(path=Path(server)), folder=lambda: folder, **options)
 
 
 def model(*flags: str, slots: int = 1, file: Path = Path("/m/q.gguf"), alias: str = "qwen") -> ModelConfig:

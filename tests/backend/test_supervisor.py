@@ -123,7 +123,7 @@ def stage(sockets, header_gguf):
             number=0,
             launcher=Launcher(
                 server=LlamaServer(path=path),
-                folder=sockets,
+                folder=lambda: sockets,
                 transport=options.get("transport", BackendTransport.UNIX),
             ),
             settings=SupervisorSettings(

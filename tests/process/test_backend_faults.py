@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -304,6 +307,40 @@ def test_a_health_that_hangs_is_healed(start_router: StartRouter, record: Record
     assert router.chat("qwen").status_code == 200
     record.wait_for("spawned", 2, timeout_seconds=20)
     assert router.chat("qwen").status_code == 200
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_sockets_that_somebody_removed(
+    start_router: StartRouter, record: Record, way: dict[str, str], *, everything: bool
+) -> None:
+    """systemd-logind takes `$XDG_RUNTIME_DIR` away at a user's last logout; the router goes on in another folder."""
+    with tempfile.TemporaryDirectory(prefix="tr-") as name:  # pytest's own would be too long for a socket
+        runtime, temporary = Path(name, "run"), Path(name, "tmp")
+        runtime.mkdir()
+        temporary.mkdir()
+        environment = {"XDG_RUNTIME_DIR": str(runtime), "TMPDIR": str(temporary)}
+        router = start_router(a=["-np", "2", *record.flags], b=[], environment=environment)
+        gate = Path(name, "gate")
+        running = router.in_background("a", headers=way, fake={"hold_until": str(gate)})
+        record.wait_for("started")
+        (folder,) = runtime.iterdir()
+        if everything:
+            shutil.rmtree(runtime)
+        else:
+            (folder / "0-1.sock").unlink()
+        other = router.in_background("a", headers=way)  # has to connect
+        record.wait_for("spawned", 2)
+        gate.touch()
+        assert other.answer().status_code == 200
+        assert running.answer().status_code == 200
+        assert router.chat("b", headers=way).status_code == 200
+        assert len(record.lines("spawned")) == 2
+        assert "its socket was removed" in router.stderr
+        assert ("the folder of the sockets is gone" in router.stderr) == everything
+        assert bool(list(temporary.iterdir())) == everything
+        router.terminate()
+        assert router.wait() == 0
+        assert list(temporary.iterdir()) == []
 
 
 def test_sigterm_is_ignored(start_router: StartRouter) -> None:

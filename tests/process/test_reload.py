@@ -1,6 +1,7 @@
 """Another router.toml while the router runs."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,26 @@ def test_keys_and_limits_hold_at_once(start_router: StartRouter, *, by_quart: bo
     router.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "configuration refused" in router.stderr)
     assert ask(short) == "invalid_api_key"
+
+
+def test_timeouts_hold_for_models_that_are_loaded(start_router: StartRouter, record: Record) -> None:
+    gate = record.path.with_name("gate")
+    router = start_router(a=record.flags)
+    running = router.in_background("a", fake={"hold_until": str(gate)})
+    (line,) = record.wait_for("started")
+    rewrite(router, "[system]", "[system]\nstall_timeout_sec = 0.8\nhealth_interval_sec = 0.2")
+    answer = router.post("/v1/config/reload").json()
+    assert answer["changed"] == ["system.stall_timeout_sec", "system.health_interval_sec"]
+    assert answer["models"]["unchanged"] == ["a"]
+    os.kill(line["pid"], signal.SIGSTOP)
+    gate.touch()
+    assert running.answer().status_code == 200
+    assert len(record.lines("spawned")) == 2
+    assert "computed nothing for 0.8 s" in router.stderr
+
+    rewrite(router, "[system]", "[system]\nrequest_timeout_sec = 0.5")
+    assert router.post("/v1/config/reload").json()["changed"] == ["system.request_timeout_sec"]
+    assert router.chat("a", fake={"stall": True}).json()["error"]["code"] == "backend_timeout"
 
 
 def test_what_needs_another_start_is_told(start_router: StartRouter) -> None:

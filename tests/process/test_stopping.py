@@ -4,6 +4,8 @@ import contextlib
 import json
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -15,7 +17,8 @@ import pytest
 from tests.conftest import StartRouter
 from tests.harness.processes import wait_until
 from tests.harness.record import Record
-from tests.harness.router import chat_body
+from tests.harness.router import chat_body, clean_environment
+from tests.harness.toml import router_toml
 
 pytestmark = pytest.mark.process
 
@@ -196,6 +199,54 @@ def test_a_stalled_reader_keeps_nobody_else_waiting(start_router: StartRouter, *
         for _ in range(5):
             assert router.chat("qwen", timeout=5).status_code == 200
     router.wait_for_status("qwen", active=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_that_nobody_heeds_any_more_do_not_cut_the_end_short(
+    start_router: StartRouter, number: signal.Signals
+) -> None:
+    """It takes some seconds, since llama-server ignores SIGTERM; there is nothing left to be stopped at once."""
+    with tempfile.TemporaryDirectory(prefix="tr-") as name:
+        router = start_router(qwen=["--fake-ignore-sigterm"], environment={"TMPDIR": name})
+        router.chat("qwen")
+        router.terminate()
+        while router.is_running():
+            router.process.send_signal(number)
+            time.sleep(0.02)  # as often as somebody who is impatient
+        assert router.wait() == 0
+        assert list(Path(name).iterdir()) == []
+        assert "stopped" in router.stderr
+    assert router.children() == set()
+
+
+@pytest.mark.parametrize("numbers", [(1,), (2,), (0, 1, 2)])
+def test_without_standard_files(fake_llama: Path, header_gguf: Path, numbers: tuple[int, ...]) -> None:
+    """It says nothing, and works; what is written there by number goes into no other file."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="tr-") as name:
+        config = Path(name, "router.toml")
+        system = {"llama_server_path": fake_llama, "gpu_devices": []}
+        config.write_text(router_toml(models={"qwen": {"model_path": header_gguf}}, system=system, api={"port": port}))
+        closed = " ".join(f"{number}>&-" for number in numbers)
+        command = ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "trio_router", "serve"]
+        environment = clean_environment({"TMPDIR": name, "XDG_STATE_HOME": name})
+        with subprocess.Popen([*command, "--config", str(config)], env=environment) as router:
+            try:
+                url = f"http://127.0.0.1:{port}/v1/chat/completions"
+
+                def answered() -> bool:
+                    with contextlib.suppress(httpx.TransportError):
+                        return httpx.post(url, json=chat_body("qwen"), trust_env=False).status_code == 200
+                    return False
+
+                wait_until(answered)
+                assert answered()
+                for number in numbers:
+                    assert Path(f"/proc/{router.pid}/fd/{number}").readlink() == Path("/dev/null")
+            finally:
+                router.terminate()
+            assert router.wait(10) == 0
 
 
 def test_stubborn_children(start_router: StartRouter) -> None:

@@ -12,11 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import attrs
+import structlog
 
 FOLDER_PREFIX = "trio-router-"
 LOCK = "lock"
 MAX_SOCKET_PATH = 107
 """Bytes of `sockaddr_un.sun_path` that can be used, unix(7)."""
+
+log = structlog.get_logger("trio_router.backend")
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +31,11 @@ class Address:
     port: int | None = None
     key: str | None = attrs.field(default=None, repr=False)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody took the socket's name away: nobody can connect any more."""
+        return self.path is not None and not Path(self.path).exists()
+
     def remove(self) -> None:
         """Take the socket's name away: llama-server leaves it behind, and would not bind to it again."""
         if self.path is not None:
@@ -37,22 +45,54 @@ class Address:
         return self.path if self.path is not None else f"{self.host}:{self.port}"
 
 
+@attrs.define(eq=False)
+class PrivateFolder:
+    """A 0700 folder for sockets, and the lock that says that it is in use."""
+
+    path: Path
+    _lock: int
+
+    @classmethod
+    def new(cls) -> "PrivateFolder":
+        """Where there is room for one now. Raises OSError."""
+        return cls(*_locked_folder(_base()))
+
+    def ensured(self) -> Path:
+        """Where it is: another one, if somebody took it away. Raises OSError.
+
+        systemd-logind removes `$XDG_RUNTIME_DIR` at a user's last logout, whatever still runs; others clean up `/tmp`.
+        """
+        if not self.path.is_dir():
+            path, lock = _locked_folder(_base())
+            os.close(self._lock)
+            log.warning("the folder of the sockets is gone: they get another", was=str(self.path), now=str(path))
+            self.path, self._lock = path, lock
+        return self.path
+
+    def remove(self) -> None:
+        """With all that is in it."""
+        os.close(self._lock)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
 @contextmanager
-def private_folder() -> Iterator[Path]:
-    """A 0700 folder for this router's sockets, gone at the end.
+def private_folder() -> Iterator[PrivateFolder]:
+    """One for this router, gone at the end.
 
     Folders of routers that were killed are swept first: each living router holds a lock on its own, and the
     kernel drops that lock with the process, however it ends.
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    base = Path(runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir())
-    _sweep(base)
-    folder, lock = _locked_folder(base)
+    _sweep(_base())
+    folder = PrivateFolder.new()
     try:
         yield folder
     finally:
-        os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
+
+
+def _base() -> Path:
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    return Path(runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir())
 
 
 def _locked_folder(base: Path) -> tuple[Path, int]:

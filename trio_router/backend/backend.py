@@ -10,7 +10,7 @@ import trio
 
 from trio_router.backend.address import Address
 from trio_router.backend.client import BackendClient
-from trio_router.backend.connection import Connection
+from trio_router.backend.connection import BackendLost, Connection
 from trio_router.backend.conversation import Conversation
 from trio_router.backend.logtail import LogTail
 
@@ -37,7 +37,12 @@ class Slot:
         if self.connection is not None and self.connection.reusable:
             return self.connection
         self.disconnect()
-        self.connection = await Connection.open(self.backend.address)
+        try:
+            self.connection = await Connection.open(self.backend.address)
+        except BackendLost:
+            if self.backend.address.is_gone:
+                self.backend.condemn("its socket was removed")
+            raise
         self.connection.patience_seconds = self.backend.patience_seconds
         return self.connection
 
@@ -89,6 +94,13 @@ class Backend:
     """Whether `attend_forsaken` runs."""
     _illness: str | None = None
     _ill: trio.Event = attrs.field(factory=trio.Event)
+
+    def allow_silence(self, seconds: float) -> None:
+        """So long may it be silent from now on, also while requests run."""
+        self.patience_seconds = seconds
+        for slot in self.slots:
+            if slot.connection is not None:
+                slot.connection.patience_seconds = seconds
 
     def heard(self) -> bool:
         """Whether it said something since the last time, or nobody waits for it to."""

@@ -45,11 +45,11 @@ def child_environment(own: Mapping[str, str], server: Mapping[str, str], key: st
 
 @attrs.frozen(kw_only=True)
 class Launcher:
-    """Starts llama-servers in one folder."""
+    """Starts llama-servers."""
 
     server: LlamaServer
-    folder: Path
-    """Private: sockets live here."""
+    folder: Callable[[], Path]
+    """Where sockets live now: private. Raises OSError."""
     transport: BackendTransport
     reaper: Reaper | None = None
     gpu: Callable[[], bool] = lambda: False
@@ -63,7 +63,7 @@ class Launcher:
         try:
             match self.transport:
                 case BackendTransport.UNIX:
-                    address = unix_address(self.folder, number, incarnation)
+                    address = unix_address(self.folder(), number, incarnation)
                 case BackendTransport.TCP:
                     address = tcp_address()
             environment = child_environment(os.environ, self.server.environment, address.key)
@@ -79,7 +79,7 @@ class Launcher:
         if problem := unusable_reason(model):
             raise LaunchFailed(problem)
         try:
-            address = Address(path=str(self.folder / f"projection-{number}.sock"))
+            address = Address(path=str(self.folder() / f"projection-{number}.sock"))
             environment = child_environment(os.environ, self.server.environment, None)
             environment |= self.binding.environment(self.binding.first)
             command = [*self.command(model, address), *PROJECTING]

@@ -27,6 +27,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -183,6 +184,8 @@ class Supervisor:
     """Trio time before which no incarnation is started."""
     _failed_until: float = math.inf
     """Trio time from which a failed model is tried once more."""
+    _looks: set[trio.CancelScope] = attrs.field(factory=set)
+    """Of those that look whether something is wrong with the backend."""
 
     def __attrs_post_init__(self) -> None:
         self.weighing = Weighing(self.model.alias)
@@ -191,6 +194,16 @@ class Supervisor:
     def address(self) -> Address | None:
         """Where the ready incarnation listens."""
         return None if self.backend is None else self.backend.address
+
+    def take(self, settings: SupervisorSettings) -> None:
+        """Go by these from now on, with the llama-server that runs, too; a load under way has the time it had."""
+        if settings == self.settings:
+            return
+        self.settings = settings
+        if self.backend is not None:
+            self.backend.allow_silence(settings.request_timeout_seconds)
+        for scope in self._looks:
+            scope.cancel()
 
     def told_to_stop(self) -> bool:
         """Whether somebody told it to stop."""
@@ -416,21 +429,33 @@ class Supervisor:
                 self.gate.opened(self.backend)
             backend = self.backend
 
-            async def until_ill() -> None:
-                backend.condemn(await watch(client, self.health, self.settings.health_interval_seconds))
+            async def until_ill() -> str:
+                return await watch(client, self.health, self.settings.health_interval_seconds)
 
-            async def until_stuck() -> None:
-                backend.condemn(await until_stalled(backend, self.settings.stall_timeout_seconds))
+            async def until_stuck() -> str:
+                return await until_stalled(backend, self.settings.stall_timeout_seconds)
 
             for task in (
-                until_ill,
-                until_stuck,
+                partial(self._look, backend, until_ill),
+                partial(self._look, backend, until_stuck),
                 partial(expire_silent, backend),
                 backend.attend_forsaken,
                 partial(self._learn_more, backend),
             ):
                 life.start_soon(task)
             return await backend.until_condemned()
+
+    async def _look(self, backend: Backend, until_wrong: Callable[[], Awaitable[str]]) -> None:
+        """Condemn `backend` for what is found; other settings have it begin anew."""
+        why = None
+        while why is None:
+            with trio.CancelScope() as scope:
+                self._looks.add(scope)
+                try:
+                    why = await until_wrong()
+                finally:
+                    self._looks.discard(scope)
+        backend.condemn(why)
 
     async def _learn(self, backend: Backend) -> None:
         """Ask what was loaded; a server that does not say, or not soon, is no worse a server."""

@@ -103,7 +103,7 @@ def _ask(machine: _Machine, server: LlamaServer, models: list[ModelConfig]) -> l
     problems = []
     configure_logs("text", "warning", sys.stderr)
     with private_folder() as folder:
-        launcher = Launcher(server=server, folder=folder, transport=machine.config.system.backend_transport)
+        launcher = Launcher(server=server, folder=folder.ensured, transport=machine.config.system.backend_transport)
         for number, model in enumerate(models):
             name = fingerprint(model, machine.print)
             if machine.learned.model(name).projection is not None or not can_say(model):

@@ -10,7 +10,7 @@ from trio_router.config.schema import DERIVED, RouterConfig
 
 FROM_THE_START: Final = {
     "api": ("host", "port"),
-    "system": ("llama_server_path", "gpu_devices", "backend_transport"),
+    "system": ("llama_server_path", "gpu_devices", "backend_transport", "state_dir"),
 }
 """Keys that a router reads once: it listens, and has looked at its devices."""
 

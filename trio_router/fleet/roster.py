@@ -102,7 +102,8 @@ def reconfigure(registry: "Registry", changes: Changes) -> None:
                 model.renew()
             _replicate(registry, model, config.models[alias])
         for replica in model.replicas:
-            replica.supervisor.settings = SupervisorSettings.of(config.system)
+            replica.supervisor.take(SupervisorSettings.of(config.system))
+            replica.scheduler.cache_affinity = config.system.cache_affinity
         if alias in config.system.preload_models and alias not in before.system.preload_models:
             model.preload = True
     registry.events.emit(Reloaded(aliases=tuple(registry.models)))
@@ -112,7 +113,7 @@ def reconfigure(registry: "Registry", changes: Changes) -> None:
 def _take_settings(registry: "Registry", model: Model) -> None:
     """What a model goes by from now on, whether it is loaded or not."""
     system = registry.config.system
-    model.supervisor.settings = SupervisorSettings.of(system)
+    model.supervisor.take(SupervisorSettings.of(system))
     model.scheduler.max_waiting = system.max_queue_size_per_model
     model.take(registry.config.models[model.alias].policy)
     model.scheduler.cache_affinity = system.cache_affinity

@@ -119,7 +119,7 @@ async def _play(
     config: RouterConfig, requests: Sequence[TracedRequest], times: LoadTimes, footprints: dict[str, Footprint]
 ) -> Outcome:
     launcher = Launcher(
-        server=LlamaServer(path=Path("llama-server")), folder=Path(), transport=config.system.backend_transport
+        server=LlamaServer(path=Path("llama-server")), folder=Path, transport=config.system.backend_transport
     )
     registry = Registry.of(config, launcher, Events(), supervising=modelled(times))
     for alias, footprint in footprints.items():

@@ -31,8 +31,10 @@ class Output:
     _kept: bytearray = attrs.field(factory=bytearray)
 
     @classmethod
-    def of(cls, file: TextIO) -> "Output":
-        """One that writes to where `file` does."""
+    def of(cls, file: TextIO | None) -> "Output":
+        """One that writes to where `file` does; nowhere, if that is closed."""
+        if file is None:
+            return cls(len)
         try:
             descriptor = file.fileno()
         except (OSError, ValueError, AttributeError):  # not a real file: a test's
