@@ -81,6 +81,10 @@ def test_one_that_was_taken_away_is_made_again(base, monkeypatch, tmp_path_facto
         assert stat.S_IMODE(second.stat().st_mode) == 0o700
         with private_folder():
             assert second.is_dir(), "it is locked, as the first was"
+        shutil.rmtree(second)
+        second.mkdir()
+        (second / "lock").touch()
+        assert folder.ensured() != second, "somebody else's"
         shutil.rmtree(base)
         elsewhere = tmp_path_factory.mktemp("elsewhere")
         monkeypatch.setattr("tempfile.tempdir", str(elsewhere))

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import attrs
@@ -145,3 +146,14 @@ async def test_what_a_real_child_was_given(sockets, gguf, monkeypatch, transport
     else:
         assert f"LLAMA_API_KEY={address.key}" in environment
         assert str(address.key) not in arguments
+
+
+def test_without_a_folder_for_its_socket(header_gguf):
+    def nowhere() -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    without = Launcher(server=LlamaServer(path=Path("/bin/true")), folder=nowhere, transport=BackendTransport.UNIX)
+    entry = model(file=header_gguf)
+    for launch in (lambda: without.launch(entry, 0, 1, Spot()), lambda: without.launch_to_project(entry, 0)):
+        with pytest.raises(LaunchFailed, match=r"there is no folder for its socket: .*No space left"):
+            launch()

@@ -60,9 +60,14 @@ class PrivateFolder:
     def ensured(self) -> Path:
         """Where it is: another one, if somebody took it away. Raises OSError.
 
-        systemd-logind removes `$XDG_RUNTIME_DIR` at a user's last logout, whatever still runs; others clean up `/tmp`.
+        systemd-logind removes `$XDG_RUNTIME_DIR` at a user's last logout, whatever still runs; others clean up `/tmp`, where
+        somebody else may then make one of that name. It is ours if the lock in it is.
         """
-        if not self.path.is_dir():
+        try:
+            found = (self.path / LOCK).lstat()
+        except OSError:
+            found = None
+        if found is None or not os.path.samestat(found, os.fstat(self._lock)):
             path, lock = _locked_folder(_base())
             os.close(self._lock)
             log.warning("the folder of the sockets is gone: they get another", was=str(self.path), now=str(path))

@@ -63,7 +63,7 @@ class Launcher:
         try:
             match self.transport:
                 case BackendTransport.UNIX:
-                    address = unix_address(self.folder(), number, incarnation)
+                    address = unix_address(self._sockets(), number, incarnation)
                 case BackendTransport.TCP:
                     address = tcp_address()
             environment = child_environment(os.environ, self.server.environment, address.key)
@@ -79,13 +79,19 @@ class Launcher:
         if problem := unusable_reason(model):
             raise LaunchFailed(problem)
         try:
-            address = Address(path=str(self.folder() / f"projection-{number}.sock"))
+            address = Address(path=str(self._sockets() / f"projection-{number}.sock"))
             environment = child_environment(os.environ, self.server.environment, None)
             environment |= self.binding.environment(self.binding.first)
             command = [*self.command(model, address), *PROJECTING]
             return ServerProcess.spawn(command, environment, self.reaper), address
         except OSError as error:
             raise LaunchFailed(f"cannot start {self.server.path}: {error.strerror or error}") from error
+
+    def _sockets(self) -> Path:
+        try:
+            return self.folder()
+        except OSError as error:
+            raise LaunchFailed(f"there is no folder for its socket: {error}") from error
 
     async def prepare(self) -> None:
         """Look once at what there is; after the GPUs were seen first."""
