@@ -15,9 +15,11 @@ from tests.backend.peer import descriptors, until
 from tests.harness.processes import is_alive
 from trio_router.backend import supervisor as module
 from trio_router.backend.backend import Backend
+from trio_router.backend.ending import describe_exit
 from trio_router.backend.launch import Launcher
 from trio_router.backend.lifecycle import Move, State
-from trio_router.backend.supervisor import Supervisor, SupervisorSettings, describe_exit
+from trio_router.backend.settings import SupervisorSettings
+from trio_router.backend.supervisor import Supervisor
 from trio_router.config import LlamaServer
 from trio_router.config.schema import BackendTransport, ModelConfig
 from trio_router.errors import LoadTimeout, ModelFailed, RouterError

@@ -25,7 +25,6 @@ next request has it tried once more (`try_again`): one failure, and it is `faile
 import math
 import random
 import re
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -38,15 +37,17 @@ import trio
 from trio_router.backend.address import Address
 from trio_router.backend.backend import Backend
 from trio_router.backend.client import NoAnswer, NoFiles, backend_client
+from trio_router.backend.ending import Ending, describe_exit
 from trio_router.backend.health import Health, expire_silent, until_ready, watch
 from trio_router.backend.launch import Launcher, LaunchFailed
 from trio_router.backend.lifecycle import Move, State, after
 from trio_router.backend.logtail import LogTail
 from trio_router.backend.process import ServerProcess
+from trio_router.backend.settings import SupervisorSettings
 from trio_router.backend.shortage import short_of_memory
 from trio_router.backend.stall import until_stalled
 from trio_router.backend.weighing import Weighing
-from trio_router.config.schema import ModelConfig, SystemConfig
+from trio_router.config.schema import ModelConfig
 from trio_router.errors import LoadTimeout, ModelFailed, RouterError
 from trio_router.memory.room import Spot
 from trio_router.telemetry.events import (
@@ -95,44 +96,6 @@ class Gate(Protocol):
 
     async def out_of_memory(self) -> bool:
         """A load failed because memory is short: whether it is tried again, once there is room for it."""
-
-
-@attrs.frozen(kw_only=True)
-class SupervisorSettings:
-    """The bounds of router.toml that concern one backend."""
-
-    load_timeout_seconds: float
-    request_timeout_seconds: float
-    health_interval_seconds: float
-    max_load_attempts: int
-    stall_timeout_seconds: float = math.inf
-    failed_retry_seconds: float = math.inf
-
-    @classmethod
-    def of(cls, system: SystemConfig) -> "SupervisorSettings":
-        """Those of `[system]`."""
-        return cls(
-            load_timeout_seconds=system.load_timeout_sec,
-            request_timeout_seconds=system.request_timeout_sec,
-            health_interval_seconds=system.health_interval_sec,
-            max_load_attempts=system.max_load_attempts,
-            stall_timeout_seconds=system.stall_timeout_sec,
-            failed_retry_seconds=system.failed_retry_sec,
-        )
-
-
-@attrs.frozen(kw_only=True)
-class Ending:
-    """How an incarnation ended by itself."""
-
-    kind: ExitKind | None
-    """None when there was no process."""
-    code: int
-    message: str
-    """One sentence, then the last lines of the log."""
-    was_ready: bool
-    timed_out: bool = False
-    short_of_memory: bool = False
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -493,24 +456,3 @@ class Supervisor:
         self.exit_code = code
         self.events.emit(BackendExited(alias=self.model.alias, incarnation=self.incarnation, kind=kind, code=code or 0))
         return kind
-
-
-def describe_exit(code: int | None, *, was_ready: bool) -> str:
-    """A sentence on how a llama-server ended by itself."""
-    when = "ended" if was_ready else "ended before it was ready"
-    if code is None:
-        return f"llama-server {when}"
-    if code >= 0:
-        return f"llama-server {when} with exit status {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    match name:
-        case "SIGILL":
-            hint = ": it was compiled for instructions that this CPU does not have"
-        case "SIGKILL":
-            hint = ": somebody killed it, or the system ran out of memory"
-        case _:
-            hint = ""
-    return f"llama-server {when} by {name}{hint}"

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from trio_router.backend.supervisor import SupervisorSettings, new_journal
+from trio_router.backend.settings import SupervisorSettings
+from trio_router.backend.supervisor import new_journal
 from trio_router.config.schema import ModelConfig
 from trio_router.errors import UnknownModel
 from trio_router.fleet.model import Model

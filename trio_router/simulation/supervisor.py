@@ -10,8 +10,9 @@ import trio
 from trio_router.backend.address import Address
 from trio_router.backend.backend import Backend
 from trio_router.backend.client import BackendClient
+from trio_router.backend.ending import Ending
 from trio_router.backend.lifecycle import Move, State
-from trio_router.backend.supervisor import Ending, Supervisor
+from trio_router.backend.supervisor import Supervisor
 from trio_router.telemetry.events import LoadFinished, LoadResult
 
 LOAD_SECONDS = 1.0
