@@ -60,6 +60,8 @@ class ModelEvents:
 
     hub: Hub
     _registry: Registry
+    _told: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+    """What was said of each model last: some of our states are one to llama-server."""
 
     @classmethod
     def of(cls, registry: Registry, events: Events) -> "ModelEvents":
@@ -73,7 +75,9 @@ class ModelEvents:
         match event:
             case ModelChanged(alias=alias) if alias in self._registry.models:
                 data = told_status(self._registry, self._registry.models[alias])
-                self.hub.publish("message", {"model": alias, "event": "model_status", "data": data})
+                if data != self._told.get(alias):
+                    self._told[alias] = data
+                    self.hub.publish("message", {"model": alias, "event": "model_status", "data": data})
             case Reloaded():
                 self.hub.publish("message", {"model": "*", "event": "models_reload"})
             case _:
