@@ -281,6 +281,16 @@ def test_check_lists_every_problem_and_still_the_rest(llama_server, capsys):
     ]
 
 
+def test_check_looks_for_files_whatever_else_is_wrong(llama_server, capsys):
+    models = {"wrong": {"model_path": "m.gguf", "slotz": 1}, "gone": {"model_path": "gone.gguf"}}
+    write(system={"llama_server_path": llama_server, "max_concurrent_models": 0}, models=models)
+    assert main(["check"], {}) == 2
+    err = capsys.readouterr().err
+    assert [line.split(": ")[1] for line in err.splitlines()] == [
+        *("system.max_concurrent_models", "models.wrong.slotz", "models.gone.model_path")
+    ]
+
+
 def test_check_without_a_gpu_puts_all_on_the_host(llama_server, capsys):
     write(system={"llama_server_path": llama_server, "gpu_devices": []})
     assert main(["check"], {}) == 0

@@ -486,33 +486,36 @@ async def test_lines_on_progress_are_left_out_of_a_stream(size):
 REPEATED = progress(0) | {"choices": chat({"content": "Once"})["choices"]}
 
 
-@pytest.mark.parametrize("size", [1, 100, 10_000])
+ALL_SIZES = (1, 100, 10_000)
+
+
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "said", "sizes"),
     [
-        (CHAT, events(BEGIN, REPEATED, progress(9), BEGIN, chat({"content": " more"}))),
-        (CHAT, events(BEGIN, chat({"reasoning_content": "hm"}), REPEATED, progress(9), BEGIN)),
+        (CHAT, events(BEGIN, REPEATED, progress(9), BEGIN, chat({"content": " more"})), ALL_SIZES),
+        # llama-server writes what belongs together in one piece
+        (CHAT, events(BEGIN, chat({"reasoning_content": "hm"}), REPEATED, progress(9), BEGIN), (10_000,)),
         (
             "/v1/responses",
             named("created") + named("in_progress") + named("output_item.added", item={"content": []})
             + named("output_text.delta", delta="Once", prompt_progress={"total": 9}),
+            ALL_SIZES,
         ),
     ],
     ids=["a chat", "a chat with thoughts", "a response"],
 )  # fmt: skip
-async def test_a_stream_that_goes_on_with_what_was_said(path, said, size):
+async def test_a_stream_that_goes_on_with_what_was_said(path, said, sizes):
     """It is told with lines on progress, and in other pieces than without them."""
-    if size < 10_000 and b"reasoning" in said:
-        pytest.skip("what belongs together comes in one piece")
-    async with linked() as (connection, peer), trio.open_nursery() as nursery:
-        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
-        pieces = [STREAM, *(chunk(said[at : at + size]) for at in range(0, len(said), size))]
-        nursery.start_soon(say, peer, *pieces)
-        head = await connection.receive_head()
-        with trio.fail_after(10), pytest.raises(NotWhole) as caught:
-            await Stoppable(path, b"{}", whole=False).begin(connection, head)
-        assert not caught.value.ever
-        nursery.cancel_scope.cancel()
+    for size in sizes:
+        async with linked() as (connection, peer), trio.open_nursery() as nursery:
+            await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+            pieces = [STREAM, *(chunk(said[at : at + size]) for at in range(0, len(said), size))]
+            nursery.start_soon(say, peer, *pieces)
+            head = await connection.receive_head()
+            with trio.fail_after(10), pytest.raises(NotWhole) as caught:
+                await Stoppable(path, b"{}", whole=False).begin(connection, head)
+            assert not caught.value.ever
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ def check(*, config: ConfigFile = None, ask: bool = False, as_json: AsJson = Fal
         Have llama-server say what each model needs, if nobody knows.
     """
     from trio_router.commands.config import config_path  # noqa: PLC0415  (wrong usage is said without waiting)
-    from trio_router.config import ConfigError, load_config  # noqa: PLC0415
+    from trio_router.config import ConfigError, load_config, model_file_problems  # noqa: PLC0415
 
+    path = config_path(config, environ)
     try:
-        found = load_config(config_path(config, environ), environ)
+        found = load_config(path, environ)
     except ConfigError as error:
-        return _checked([], error.problems, as_json=as_json)
+        return _checked([], [*error.problems, *model_file_problems(path, error.models)], as_json=as_json)
     from trio_router.commands.needs import needs  # noqa: PLC0415
 
     return _checked(*needs(found, environ, ask=ask), as_json=as_json)

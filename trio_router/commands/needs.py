@@ -56,7 +56,7 @@ def needs(config: RouterConfig, environ: Mapping[str, str], *, ask: bool) -> tup
     machine = _machine(config, environ)
     problems = list(file_problems(config, environ))
     known = {problem.key for problem in problems}
-    models = [model for model in config.models.values() if model_problem(config, model, "").key not in known]
+    models = [model for model in config.models.values() if model_problem(config.path, model, "").key not in known]
     if ask and machine.server is not None:
         problems += _ask(machine, machine.server, models)
     rows: list[Row] = [HEAD]
@@ -67,7 +67,7 @@ def needs(config: RouterConfig, environ: Mapping[str, str], *, ask: bool) -> tup
                 read_header(model.file)
                 numbers = _numbers(model, _footprint(machine, model))
             except (GgufError, OSError) as error:
-                problems.append(model_problem(config, model, str(error)))
+                problems.append(model_problem(config.path, model, str(error)))
         rows.append((model.alias, str(model.slots), *numbers, str(model.file)))
     return rows, problems
 
@@ -112,7 +112,7 @@ def _ask(machine: _Machine, server: LlamaServer, models: list[ModelConfig]) -> l
                 projection = trio.run(partial(project, launcher, model, number))
             except FlagsRefused as error:
                 if _is_about(str(error), model.flags):  # else about ours: it is older than what we know
-                    problems.append(model_problem(machine.config, model, f"llama-server: {error}", "flags"))
+                    problems.append(model_problem(machine.config.path, model, f"llama-server: {error}", "flags"))
                 continue
             except LaunchFailed:  # among the problems
                 continue

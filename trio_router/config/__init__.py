@@ -1,7 +1,7 @@
 """router.toml and the environment, read into frozen facts; every problem located. Nothing here imports trio."""
 
 from trio_router.config.environment import CONFIG_PATH, read_variables
-from trio_router.config.files import file_problems, model_problem, unusable_reason
+from trio_router.config.files import file_problems, model_file_problems, model_problem, unusable_reason
 from trio_router.config.flags import last_value, slots_in
 from trio_router.config.load import load_config
 from trio_router.config.places import (
@@ -46,6 +46,7 @@ __all__ = [
     "last_value",
     "load_config",
     "missing_package",
+    "model_file_problems",
     "model_problem",
     "read_variables",
     "resolve_model_path",

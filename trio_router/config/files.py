@@ -1,7 +1,8 @@
 """Whether the files that a configuration names are there. Apart from loading it: a disk may be mounted later."""
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from trio_router.config.places import (
     LlamaServerNotFound,
@@ -22,15 +23,17 @@ def file_problems(config: RouterConfig, environ: Mapping[str, str]) -> tuple[Pro
         find_llama_server(config.system.llama_server_path, environ)
     except (LlamaServerNotFound, LlamaServerUnusable) as error:
         problems.append(Problem(file=str(config.path), key="system.llama_server_path", message=str(error)))
-    problems += [
-        model_problem(config, model, reason) for model in config.models.values() if (reason := unusable_reason(model))
-    ]
-    return tuple(problems)
+    return (*problems, *model_file_problems(config.path, config.models.values()))
 
 
-def model_problem(config: RouterConfig, model: ModelConfig, message: str, name: str = "model_path") -> Problem:
-    """`message` about the key `name` of `model`, located."""
-    return Problem(file=str(config.path), key=written_key(("models", model.alias, name)), message=message)
+def model_file_problems(path: Path, models: Iterable[ModelConfig]) -> list[Problem]:
+    """Those of models' files alone."""
+    return [model_problem(path, model, reason) for model in models if (reason := unusable_reason(model))]
+
+
+def model_problem(path: Path, model: ModelConfig, message: str, name: str = "model_path") -> Problem:
+    """`message` about the key `name` of `model`, located in the configuration at `path`."""
+    return Problem(file=str(path), key=written_key(("models", model.alias, name)), message=message)
 
 
 def unusable_reason(model: ModelConfig) -> str | None:

@@ -61,7 +61,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> RouterConfig:
 
     report.problems.sort(key=lambda problem: (problem.line is None, problem.line))
     if everything := (*report.problems, *problems):
-        raise ConfigError(everything)
+        raise ConfigError(everything, [model for model in models.values() if model is not None])
     return RouterConfig(
         path=path,
         api=ApiConfig(**api),

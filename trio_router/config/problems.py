@@ -3,9 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import attrs
+
+if TYPE_CHECKING:
+    from trio_router.config.schema import ModelConfig
 
 KeyPath: TypeAlias = tuple[str | int, ...]
 """Where a value stands in a TOML document: `("models", "qwen", "flags", 1)`."""
@@ -48,6 +51,8 @@ class Problem:
 class ConfigError(Exception):
     """Raised when a configuration cannot be used; `problems` is never empty and in file order."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], models: Sequence["ModelConfig"] = ()) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
         self.problems = tuple(problems)
+        self.models = tuple(models)
+        """Those whose own tables are right."""

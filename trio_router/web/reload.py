@@ -64,7 +64,7 @@ class Reloader:
         config = self.read()
         changes = compare(self.registry.config, config)
         problems = [
-            model_problem(config, config.models[alias], reason)
+            model_problem(config.path, config.models[alias], reason)
             for alias in (*changes.added, *changes.changed)
             if (reason := unusable_reason(config.models[alias]))
         ]
