@@ -114,7 +114,9 @@ ROUTES = {
 }
 
 
-ADDED = re.compile(rb'(?:,"stream":true,"stream_options":{"include_usage":true})?,"return_progress":true}$')
+ADDED = re.compile(
+    rb'(?:(?:,"timings_per_token":true)?,"stream":true,"stream_options":{"include_usage":true})?,"return_progress":true}$'
+)
 """What the router adds to a body; an answer's id is the same with it and without, where the real one's are random."""
 
 
@@ -710,6 +712,10 @@ class Answer:
             "predicted_ms": 1.5 * self.count,
         }
 
+    def so_far(self, number):
+        """What is said of the answer at a token, if that was asked for."""
+        return {"timings": {**self.timings(), "predicted_n": number}} if self.body.get("timings_per_token") else {}
+
     def common(self, kind):
         fingerprint = {"created": CREATED, "model": self.model, "system_fingerprint": "b1-fake"}
         return {**fingerprint, "object": kind, "id": "chatcmpl-" + self.id}
@@ -737,8 +743,8 @@ class Answer:
         if progress := self.progress():
             yield event({**begin, **progress})
         yield event(begin)
-        for token in self.tokens():
-            yield event(chunk({"content": token}))
+        for number, token in enumerate(self.tokens(), 1):
+            yield event({**chunk({"content": token}), **self.so_far(number)})
         last = chunk({}, "stop")
         if (self.body.get("stream_options") or {}).get("include_usage"):
             yield event(last)
@@ -754,8 +760,8 @@ class Answer:
     def stream_text(self):
         if progress := self.progress():
             yield event({**self.text_choice("", None), **progress})
-        for token in self.tokens():
-            yield event(self.text_choice(token, None))
+        for number, token in enumerate(self.tokens(), 1):
+            yield event({**self.text_choice(token, None), **self.so_far(number)})
         yield event({**self.text_choice("", "length"), "usage": self.usage(), "timings": self.timings()})
         yield b"data: [DONE]\n\n"
 
@@ -812,10 +818,10 @@ class Answer:
         item = {"content": [], "id": "msg_" + self.id, "role": "assistant", "status": "in_progress", "type": "message"}
         yield event({"type": "response.output_item.added", "item": item}, "response.output_item.added")
         text = ""
-        for token in self.tokens():
+        for number, token in enumerate(self.tokens(), 1):
             text += token
             delta = {"type": "response.output_text.delta", "item_id": "msg_" + self.id, "delta": token}
-            yield event(delta, "response.output_text.delta")
+            yield event({**delta, **self.so_far(number)}, "response.output_text.delta")
         yield event({"type": "response.completed", "response": self.response(text)}, "response.completed")
 
     def message(self, content, reason, output_tokens):

@@ -407,6 +407,8 @@ async def test_a_silent_backend(sockets, autojump_clock: MockClock, pieces):
 
 
 async def test_a_backend_that_cannot_be_reached(sockets):
-    backend: Any = SimpleNamespace(address=Address(path=str(sockets / "none")), patience_seconds=30)
+    condemned: list[str] = []
+    backend: Any = SimpleNamespace(address=Address(path=str(sockets / "none")), condemn=condemned.append)
     with pytest.raises(BackendLost):
         await outgoing().attempt(Slot(backend, 0))
+    assert condemned == ["its socket was removed"]
