@@ -132,6 +132,16 @@ def test_but_not_for_ever() -> None:
     assert free(ledger, sample(16, at=end), end) == (16, 0, 16)
 
 
+def test_a_look_from_before_the_end_is_not_the_last() -> None:
+    """The router had no turn for some seconds: what it saw before them is no reason that another model leaves."""
+    ledger = Ledger()
+    ledger.reserve("a", spot(8), sample(24, at=0))
+    ledger.left("a", sample(16, at=2), 3)
+    late = 3 + 2 * SEEN_SECONDS
+    assert free(ledger, sample(16, at=3.4), late) == (16, 8, 24)
+    assert free(ledger, sample(24, at=late), late) == (24, 0, 24)
+
+
 def test_a_driver_that_fails_while_a_load_is_half_seen() -> None:
     """Nothing will be seen any more: who waits for that waits for ever."""
     ledger = Ledger()

@@ -1,6 +1,7 @@
 """Memory and GPUs through the public port: real routers, fake llama-servers, a fake driver."""
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,23 @@ def test_room_is_made_and_seen(gpus: Gpus) -> None:
     assert router.status("c")["reserved_mb"]["0"] == 12000
     metrics = samples(router.get("/metrics").text)
     assert metrics["router_model_reserved_bytes", "device=0", "model=c"] == 12000 * 1024 * 1024
+
+
+def test_a_router_that_had_no_turn_looks_again_before_another_leaves(gpus: Gpus) -> None:
+    gpus.say(freed_seconds=60)
+    router = gpus.router(a=10000, b=10000, c=12000)
+    assert router.chat("a").status_code == 200
+    assert router.chat("b").status_code == 200
+    time.sleep(0.6)  # both are idle for long enough
+    waiting = router.in_background("c")
+    wait_until(lambda: len(router.servers()) == 1)
+    time.sleep(0.4)  # it has looked, and what it saw was not free yet
+    router.process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    gpus.say(freed_seconds=0)
+    router.process.send_signal(signal.SIGCONT)
+    assert waiting.answer().status_code == 200
+    assert len(router.servers()) == 2
 
 
 def test_a_reservation_stands_from_the_start_of_a_load(gpus: Gpus, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ takes is in NVML's numbers, but for the little that it takes when it is first us
 last of its requests while it is on its way out; beyond that its reservation only says what its leaving would free. Other
 programs' memory is never free, so it counts by itself.
 
-A model that left is remembered until a sample shows its memory free, `SEEN_SECONDS` at most: drivers free it a
-little after the process is gone, and who waits for it had better not have another model leave meanwhile.
+A model that left is remembered until a sample shows its memory free, or one begun `SEEN_SECONDS` later does not: drivers
+free it a little after the process is gone, and who waits for it had better not have another model leave meanwhile. It is
+the samples' time that counts: a router that had no turn for those seconds has not looked.
 
 When the driver fails, the last good sample stands (`Snapshot.stale`): models that were loaded since are counted in full,
 those that left since are believed to have freed their memory `SEEN_SECONDS` later.
@@ -83,6 +84,11 @@ class _Gone:
     def unseen(self, seen_at: float) -> bool:
         """Whether a sample begun then may show free what it took after that, and has perhaps not freed yet."""
         return seen_at <= min(self.ready_at, self.left_at)
+
+    def overdue(self, devices: Snapshot, now: float) -> bool:
+        """Whether its memory is waited for no longer: as of the last look, if there was one since and more will come."""
+        looked = devices.seen_at > self.left_at and not devices.stale
+        return (devices.seen_at if looked else now) >= self.left_at + SEEN_SECONDS
 
 
 @attrs.frozen(kw_only=True)
@@ -187,7 +193,7 @@ class Ledger:
                 >= gone.free_before.get(device, 0) + SEEN_SHARE * (size - gone.growth.get(device, 0))
                 for device, size in gone.bytes.items()
             )
-            if not sampled or (not seen and now < gone.left_at + SEEN_SECONDS):
+            if not sampled or (not seen and not gone.overdue(devices, now)):
                 kept.append(gone)
             elif not seen:
                 log.warning("memory is not seen free", model=gone.alias, seconds=SEEN_SECONDS)
@@ -201,7 +207,7 @@ class Ledger:
     def _device(self, device: Device, devices: Snapshot, now: float, pinned: Collection[str]) -> _Account:
         index, seen_at = device.index, devices.seen_at
         shown = (device.free_bytes or 0) - self.reserve_bytes
-        believed = sum(one.bytes.get(index, 0) for one in self._gone if now >= one.left_at + SEEN_SECONDS)
+        believed = sum(one.bytes.get(index, 0) for one in self._gone if one.overdue(devices, now))
         expected = sum(one.bytes.get(index, 0) for one in self._gone) - believed
         loading = [one for one in self.held.values() if not one.settled(seen_at)]
         unseen = sum(one.bytes.get(index, 0) for one in self._gone if one.unseen(seen_at))
