@@ -129,6 +129,12 @@ class InvalidJSON(InvalidRequest):
     code = "invalid_json"
 
 
+class InvalidForm(InvalidRequest):
+    """Raised when a body that is called a form is none."""
+
+    code = "invalid_form"
+
+
 class MissingModel(InvalidRequest):
     """Raised when a body names no model, or something that is not a string."""
 

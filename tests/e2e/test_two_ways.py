@@ -113,3 +113,13 @@ MESSAGES = [{"role": "user", "content": "Name three colours."}]
 )
 def test_the_same_bytes(ways: Ways, path: str, body: dict[str, Any]) -> None:
     assert_same(ways.ask(path, PLAIN | body))
+
+
+@pytest.mark.parametrize("fields", [{}, {"response_format": "text"}, {"stream": "true"}])
+@pytest.mark.parametrize("files", [{"file": ("a.wav", b"RIFF", "audio/wav")}, {"other": b"x"}])
+def test_a_form_comes_to_be_read(ways: Ways, fields: dict[str, str], files: dict[str, Any]) -> None:
+    """This model hears nothing, and says so."""
+    answers = ways.ask("/v1/audio/transcriptions", data={"model": "smollm2", **fields}, files=files)
+    assert_same(answers)
+    assert answers[0].status_code in {400, 500, 501}
+    assert "audio" in answers[0].text or "file" in answers[0].text or "response_format" in answers[0].text

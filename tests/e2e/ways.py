@@ -47,10 +47,12 @@ class Ways:
     log: Callable[[], str]
     """Of the router."""
 
-    def ask(self, path: str, body: Any, *, passing: bool = True, twice: bool = False) -> list[httpx.Response]:
+    def ask(
+        self, path: str, body: Any = None, *, passing: bool = True, twice: bool = False, **more: Any
+    ) -> list[httpx.Response]:
         """The answers of the bare server and of both ways of both routers, or of the first alone.
 
-        With `twice` each is asked before: what it still knows of the prompt is the same then.
+        With `twice` each is asked before: what it still knows of the prompt is the same then. `more` goes to httpx.
         """
         found = []
         routers = [self.router, self.passing] if passing else [self.router]
@@ -58,8 +60,8 @@ class Ways:
         for base, headers in ((self.bare, {}), *ways):
             with httpx.Client(trust_env=False, timeout=60) as client:
                 if twice:
-                    client.post(base + path, json=body, headers=headers)
-                found.append(client.post(base + path, json=body, headers=headers))
+                    client.post(base + path, json=body, headers=headers, **more)
+                found.append(client.post(base + path, json=body, headers=headers, **more))
         return found
 
 

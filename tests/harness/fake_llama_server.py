@@ -111,6 +111,8 @@ ROUTES = {
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
     "/apply-template": "apply_template",
+    "/v1/audio/transcriptions": "transcription",
+    "/audio/transcriptions": "transcription",
 }
 
 
@@ -289,6 +291,24 @@ class Request:
         else:
             self.body = client.read_exactly(int(self.by_name.get("content-length", "0")))
         self.sha256 = hashlib.sha256(self.body).hexdigest()
+
+    @property
+    def is_form(self):
+        return self.by_name.get("content-type", "").startswith("multipart/form-data")
+
+    def form(self):
+        """A form's fields, files as bytes; llama-server takes them for a JSON object."""
+        from email.parser import BytesParser
+
+        head = f"Content-Type: {self.by_name['content-type']}\r\n\r\n".encode("latin-1")
+        fields = {}
+        for part in BytesParser().parsebytes(head + self.body).walk():
+            name = part.get_param("name", header="content-disposition")
+            if name is not None:
+                data = part.get_payload(decode=True)
+                fields[name] = data.decode() if part.get_filename() is None else data
+        fields["stream"] = fields.get("stream") == "true"
+        return fields
 
 
 def dumps(value):
@@ -551,7 +571,7 @@ class Server:
 
     def infer(self, client, request, kind, *, keep):
         try:
-            body = json.loads(request.body)
+            body = request.form() if request.is_form else json.loads(request.body)
         except ValueError as error:
             return self.error(client, 500, f"[json.exception.parse_error.101] {error}")
         faults = {name.removeprefix("--fake-").replace("-", "_"): value for name, value in self.options.faults.items()}
@@ -626,6 +646,8 @@ class Answer:
                 "This server does not support embeddings. Start it with `--embeddings`",
                 "not_supported_error",
             )
+        if kind == "transcription" and not isinstance(self.body.get("file"), bytes):
+            return server.error(client, 400, "No input file found for transcription")
         if self.body.get("stream") and hasattr(self, "stream_" + kind):
             return self.stream(getattr(self, "stream_" + kind)())
         return self.whole(dumps(getattr(self, kind)()))
@@ -862,6 +884,15 @@ class Answer:
 
     def detokenize(self):
         return {"content": bytes(token % 256 for token in self.body.get("tokens", [])).decode("latin-1")}
+
+    def transcription(self):
+        heard = f"{len(self.body['file'])} bytes of {self.body.get('language', 'something')}"
+        return {"type": "transcript.text.done", "text": heard, "usage": {"type": "tokens", "input_tokens": 7}}
+
+    def stream_transcription(self):
+        for token in self.tokens():
+            yield event({"type": "transcript.text.delta", "delta": token})
+        yield event(self.transcription())
 
     def apply_template(self):
         return {"prompt": "".join(f"<|{m.get('role')}|>{m.get('content')}" for m in self.body.get("messages", []))}

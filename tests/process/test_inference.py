@@ -91,6 +91,23 @@ def test_streams_are_the_backends_bytes(either_way: httpx.Client, direct: Fake, 
     assert answer.headers.get_list("x-accel-buffering") == ["no"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "path", ["/v1/audio/transcriptions", "/audio/transcriptions", "/upstream/org/qwen/v1/audio/transcriptions"]
+)
+def test_a_form_is_the_clients_bytes(either_way: httpx.Client, direct: Fake, path: str, stream: bool) -> None:
+    sound = bytes(range(256)) * 5000 + b"\r\n--"
+    fields = {"model": "org/qwen", "language": "Grüße", "stream": str(stream).lower()}
+    form = {"data": fields, "files": {"file": ("a.wav", sound, "audio/wav")}}
+    answer = either_way.post(path, **form)
+    with direct.client() as client:
+        expected = client.post("/v1/audio/transcriptions", **form)
+    assert (answer.status_code, answer.content) == (200, expected.content)
+    assert answer.headers["content-type"] == expected.headers["content-type"]
+    assert f"{len(sound)} bytes of Grüße" in answer.text
+    assert ("delta" in answer.text) == stream
+
+
 def test_a_large_body_and_a_large_answer(either_way: httpx.Client, direct: Fake) -> None:
     text = "x" * 6_000_000
     body = json.dumps(chat_body("org/qwen", filler=text, fake={"tokens": 4, "chunk_bytes": 1_000_000})).encode()

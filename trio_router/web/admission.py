@@ -27,6 +27,7 @@ from trio_router.errors import (
     shown,
 )
 from trio_router.fleet.ticket import Priority
+from trio_router.web.form import FORM_PATHS
 from trio_router.web.keys import Holder, key_holders
 
 INFERENCE_PATHS: Final = frozenset(
@@ -40,9 +41,10 @@ INFERENCE_PATHS: Final = frozenset(
         "/v1/messages", "/v1/messages/count_tokens",
         "/v1/rerank", "/rerank", "/v1/reranking", "/reranking",
         "/infill", "/tokenize", "/detokenize", "/apply-template",
+        *FORM_PATHS,
     }
 )  # fmt: skip
-"""Everything llama-server b10068 serves by POST with a JSON body (tools/server/server.cpp)."""
+"""Everything llama-server b10068 computes for a POST (tools/server/server.cpp)."""
 
 OPEN_PATHS: Final = frozenset({"/", "/ui", "/health", "/v1/health", "/livez", "/readyz"})
 """Answered without a key: a probe has none, nor has a browser before it has the page that asks for one."""

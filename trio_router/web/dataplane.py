@@ -149,7 +149,8 @@ class DataPlane:
 
     def _remember(self, client: ClientSocket, raw: bytes, known: Known) -> None:
         found = LENGTH.search(raw)
-        if found is not None and len(raw) <= MAX_KNOWN_BYTES:
+        once = known.asked.boundary is not None  # the next form has another
+        if found is not None and len(raw) <= MAX_KNOWN_BYTES and not once:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             known.before, known.after = raw[: found.start(1)], raw[found.end(1) :]

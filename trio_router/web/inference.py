@@ -35,6 +35,7 @@ from trio_router.telemetry.events import Events, Outcome, RequestFinished
 from trio_router.telemetry.usage import HEAD_BYTES, Usage, usage_of
 from trio_router.web.admission import Talk, check_encoding, check_json, deadline_seconds, priority, read_wish
 from trio_router.web.continuing import Continuing
+from trio_router.web.form import FORM_PATHS, boundary_of, model_of
 from trio_router.web.keep_alive import keep_alive_seconds
 from trio_router.web.keys import Holder
 from trio_router.web.relay import Answer, Outgoing, request_start
@@ -75,6 +76,8 @@ class Asked:
     """Whether it may be answered by a stream of events."""
     autoload: bool = True
     """Whether a model may be loaded for it: llama-server's router takes `?autoload=false`."""
+    boundary: bytes | None = None
+    """Of the parts of a form; None for a body that is JSON."""
     problem: RouterError | None = None
     """Why a request with this head cannot be answered, whatever its body is."""
 
@@ -86,9 +89,14 @@ class Asked:
         """
         asked = cls(path=path, start=request_start(target, headers), holder=holder, streamed=path in STREAMED)
         fields = first_values(headers)
+        content_type = fields.get(b"content-type")
         asked.session = next((fields[name] for name in SESSIONS if name in fields), None)
         asked.autoload = "autoload=" not in target or AUTOLOAD_OFF.search(target) is None
         try:
+            if path in FORM_PATHS and content_type is not None:
+                asked.boundary = boundary_of(_text(content_type))
+                if asked.boundary is not None:
+                    asked.start = request_start(target, headers, content_type)
             check_target(target)
             check_headers(asked.start)
             check_encoding(_text(fields.get(b"content-encoding")))
@@ -214,7 +222,7 @@ class Exchange:
         asked = self.asked
         if asked.problem is not None:
             raise asked.problem.again()
-        if self.alias is not None:
+        if self.alias is not None and asked.boundary is None:
             check_json(self.body)
         said, kept = (self.alias, None) if self.alias is not None else self._wanted()
         due = self.arrived_at + asked.deadline_seconds
@@ -231,7 +239,7 @@ class Exchange:
         if due < ticket.arrived_at:
             raise DeadlineExceeded("the deadline passed before the body was there", param="X-Request-Deadline-Ms")
         keep_seconds = None if kept is None else keep_alive_seconds(kept)
-        rewriting = self.registry.names.rewritings.get(said)
+        rewriting = self.registry.names.rewritings.get(said) if asked.boundary is None else None
         if rewriting is not None or kept is not None:
             self.body = (rewriting or AS_IT_IS).apply(asked.path, self.body)
         self._outgoing = outgoing = Outgoing(asked.start, self.body, self.request_id)
@@ -250,9 +258,12 @@ class Exchange:
     def _wanted(self) -> tuple[str, msgspec.Raw | None]:
         """The model that the body names, or the default one where that is to answer for others; and its `keep_alive`.
 
-        Raises MissingModel.
+        Raises MissingModel, InvalidJSON, InvalidForm.
         """
-        wish = read_wish(self.body, self.registry.config.system.default_model, talk=self.asked.streamed)
+        default = self.registry.config.system.default_model
+        if self.asked.boundary is not None:
+            return self.registry.meant(model_of(self.body, self.asked.boundary, default)), None
+        wish = read_wish(self.body, default, talk=self.asked.streamed)
         self._stream, self._talk = wish.stream, wish.talk
         return self.registry.meant(wish.model), wish.keep_alive
 

@@ -10,6 +10,7 @@ from quart_trio import QuartTrio
 from trio_router import __version__
 from trio_router.fleet.registry import Registry
 from trio_router.web.admission import CONTROL_PATH, INFERENCE_PATHS, OPEN_PATHS, Admission
+from trio_router.web.form import FORM_PATHS
 from trio_router.web.responses import json_response
 
 Schema = Mapping[str, Any]
@@ -19,6 +20,7 @@ ANY: Final[Schema] = {}
 JSON: Final = "application/json"
 TEXT: Final = "text/plain"
 EVENTS: Final = "text/event-stream"
+FORM: Final = "multipart/form-data"
 
 
 def _object(**properties: Schema) -> Schema:
@@ -70,10 +72,16 @@ SCHEMAS: Final[Mapping[str, Schema]] = {
         "description": "What llama-server reads at this path; the router reads `model` and `stream`, takes "
         "`keep_alive` (seconds, or '5m') for itself, and passes the rest on.",
     },
+    "Transcription": {
+        "type": "object",
+        "required": ["model", "file"],
+        "properties": {"model": STRING, "file": {"type": "string", "format": "binary"}},
+        "description": "A form that llama-server reads; the router reads `model`.",
+    },
 }
 
 
-NAME_A_MODEL: Final = frozenset({"NamedModel", "InferenceRequest"})
+NAME_A_MODEL: Final = frozenset({"NamedModel", "InferenceRequest", "Transcription"})
 
 
 def _ref(name: str) -> Schema:
@@ -150,7 +158,8 @@ class Endpoint:
         if self.path in OPEN_PATHS:
             operation["security"] = []
         if self.body is not None:
-            operation["requestBody"] = {"required": True, "content": {JSON: {"schema": _ref(self.body)}}}
+            kind = FORM if self.body == "Transcription" else JSON
+            operation["requestBody"] = {"required": True, "content": {kind: {"schema": _ref(self.body)}}}
         return operation
 
 
@@ -168,7 +177,7 @@ def _inference(path: str) -> Endpoint:
         answers={200: (JSON, ANY)},
         errors=(404, 408, 413, 415, 429, 500, 501, 502, 503, 504),
         parameters=(PRIORITY, DEADLINE),
-        body="InferenceRequest",
+        body="Transcription" if path in FORM_PATHS else "InferenceRequest",
         error=_object(error=OBJECT),  # llama-server's own errors have other fields
         streams=True,
     )

@@ -25,7 +25,7 @@ NOT_FORWARDED: Final = HOP_BY_HOP | {
     b"authorization",  # ours, not the backend's
     b"content-length",
     b"content-encoding",  # there is none, whether that is said or not
-    b"content-type",  # it is JSON, whatever it is called; llama-server reads forms its own way
+    b"content-type",  # it is JSON, whatever it is called, or else a form
     b"cookie",
     b"expect",
     b"host",
@@ -66,7 +66,7 @@ def is_event_stream(head: AnswerHead) -> bool:
     return (head.get(b"content-type") or b"").lower().startswith(EVENT_STREAM)
 
 
-def request_start(target: str, headers: Headers) -> bytes:
+def request_start(target: str, headers: Headers, content_type: bytes = b"application/json") -> bytes:
     """The head of a request for a llama-server, but for what differs from one to the next and its empty line.
 
     `target` is the path with its query, as the client wrote it.
@@ -76,7 +76,7 @@ def request_start(target: str, headers: Headers) -> bytes:
         left_out = left_out | {
             listed.strip().lower() for name, value in headers if name == b"connection" for listed in value.split(b",")
         }
-    lines = [b"POST " + target.encode("ascii") + b" HTTP/1.1", b"Host: llama-server", b"Content-Type: application/json"]
+    lines = [b"POST " + target.encode("ascii") + b" HTTP/1.1", b"Host: llama-server", b"Content-Type: " + content_type]
     lines += [name + b": " + value for name, value in headers if name not in left_out]
     return b"\r\n".join(lines)
 
