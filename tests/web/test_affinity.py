@@ -8,7 +8,7 @@ import pytest
 from tests.backend.peer import answer
 from tests.web.site import CHAT, Headers, Site, open_site
 from tests.web.test_app import Server
-from trio_router.web.relay import in_slot
+from trio_router.web.outgoing import in_slot
 
 
 def messages(*texts: str) -> list[dict[str, str]]:

@@ -18,17 +18,8 @@ from trio_router.backend.health import expire_silent
 from trio_router.errors import BackendTimeout, BackendUnavailable
 from trio_router.fleet.scheduler import Lease
 from trio_router.web.error_events import error_event
-from trio_router.web.relay import (
-    MAX_HALF_BYTES,
-    NOT_FORWARDED,
-    TAIL_BYTES,
-    Answer,
-    Opened,
-    Outgoing,
-    is_event_stream,
-    request_head,
-    request_start,
-)
+from trio_router.web.outgoing import NOT_FORWARDED, Opened, Outgoing, is_event_stream, request_head, request_start
+from trio_router.web.relay import MAX_HALF_BYTES, TAIL_BYTES, Answer
 
 # --- request_head -----------------------------------------------------------------------------------
 

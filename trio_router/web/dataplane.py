@@ -11,7 +11,6 @@ body, anything `web.head` does not match) is handed to Hypercorn with every byte
 """
 
 import json
-import re
 import socket
 from functools import partial
 from typing import Final
@@ -34,6 +33,7 @@ from trio_router.web.head import BARE_LINE_FEED, END, HTTP2, MAX_HEAD_BYTES, Hea
 from trio_router.web.in_flight import InFlight
 from trio_router.web.inference import Asked, Exchange, refusal
 from trio_router.web.keys import Holder
+from trio_router.web.known_heads import Known, KnownHeads
 from trio_router.web.relay import STREAM_HEADERS, Answer
 from trio_router.web.responses import error_body
 from trio_router.web.waiting_streams import Waiting, WaitingStreams
@@ -45,11 +45,6 @@ HEAD_SECONDS: Final = 30.0
 WRITE_STALL_SECONDS: Final = 60.0
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
-MAX_KNOWN: Final = 256
-MAX_KNOWN_BYTES: Final = 2048
-"""How many heads are remembered, and how long they may be."""
-LENGTH: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,15})[ \t]*\r\n")
-MAX_DIGITS: Final = 15
 LAST_CHUNK: Final = b"0\r\n\r\n"
 BLANK: Final = ord(" ")
 """No method begins with this or a lesser byte; a TLS handshake does."""
@@ -63,23 +58,6 @@ class AnswerCut(Exception):
 
 
 @attrs.define(eq=False, kw_only=True)
-class Known:
-    """What a head says that was read and admitted, whatever the length of the body."""
-
-    asked: Asked
-    request_id: str | None
-    """The client's own."""
-    common: bytes
-    """Lines that every answer has, but for the request's id."""
-    close: bool
-    renewal: int
-    """The rules it was admitted by: as many had gone before them."""
-    before: bytes = b""
-    after: bytes = b""
-    """Its bytes before and after the length."""
-
-
-@attrs.define(eq=False, kw_only=True)
 class DataPlane:
     """What every connection shares."""
 
@@ -90,8 +68,7 @@ class DataPlane:
     waiting_streams: WaitingStreams
     under_way: set[Exchange]
     in_flight: InFlight = attrs.field(factory=InFlight)
-    _known: dict[tuple[bytes, bytes], Known] = attrs.field(factory=dict)
-    """Heads that were admitted lately, by their bytes before and after the length: a client sends the same each time."""
+    known_heads: KnownHeads = attrs.field(factory=KnownHeads)
 
     async def serve(self, client: ClientSocket) -> bytes | None:
         """Answer request after request; returns None when the connection is over.
@@ -104,7 +81,7 @@ class DataPlane:
                 raw = await self._read_raw_head(client, answered=answered)
                 if raw is None:
                     return None
-                known, length = self._recall(client, raw)
+                known, length = self.known_heads.recall(client, raw, self.admission.renewals, self.max_body_bytes)
                 if known is not None:
                     with self.in_flight:
                         more = await self._answer_known(client, known, length)
@@ -126,35 +103,6 @@ class DataPlane:
                     return None
                 answered = True
         return None
-
-    def _recall(self, client: ClientSocket, raw: bytes) -> tuple[Known | None, int]:
-        """What is known of a head that differs from an admitted one in nothing but the length."""
-        known = client.known
-        if known is not None and raw.startswith(known.before) and raw.endswith(known.after):
-            digits = raw[len(known.before) : len(raw) - len(known.after)]
-        else:
-            found = LENGTH.search(raw)
-            if found is None:
-                return None, 0
-            digits = found[1]
-            known = self._known.get((raw[: found.start(1)], raw[found.end(1) :]))
-            if known is None:
-                return None, 0
-            client.known = known
-        if known.renewal != self.admission.renewals:
-            return None, 0
-        if not digits.isdigit() or len(digits) > MAX_DIGITS or (length := int(digits)) > self.max_body_bytes:
-            return None, 0
-        return known, length
-
-    def _remember(self, client: ClientSocket, raw: bytes, known: Known) -> None:
-        found = LENGTH.search(raw)
-        once = known.asked.boundary is not None  # the next form has another
-        if found is not None and len(raw) <= MAX_KNOWN_BYTES and not once:
-            if len(self._known) >= MAX_KNOWN:
-                self._known.clear()
-            known.before, known.after = raw[: found.start(1)], raw[found.end(1) :]
-            self._known[known.before, known.after] = client.known = known
 
     async def _refuse_head(self, client: ClientSocket, error: HeadRefused) -> None:
         await self._send_error(client, error, b"", "", request_id(None), close=True)
@@ -211,7 +159,7 @@ class DataPlane:
             common=common,
             close=head.close,
         )
-        self._remember(client, raw, known)
+        self.known_heads.remember(client, raw, known)
         return await self._answer_known(client, known, head.length)
 
     async def _answer_known(self, client: ClientSocket, known: Known, length: int) -> bool:

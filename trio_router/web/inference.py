@@ -38,7 +38,8 @@ from trio_router.web.continuing import Continuing
 from trio_router.web.form import FORM_PATHS, boundary_of, model_of
 from trio_router.web.keep_alive import keep_alive_seconds
 from trio_router.web.keys import Holder
-from trio_router.web.relay import Answer, Outgoing, request_start
+from trio_router.web.outgoing import Outgoing, request_start
+from trio_router.web.relay import Answer
 from trio_router.web.stoppable import Stoppable
 from trio_router.web.waiting_streams import STREAMED, Waiting, WaitingStreams
 

@@ -11,81 +11,30 @@ from trio_router import __version__
 from trio_router.fleet.registry import Registry
 from trio_router.web.admission import CONTROL_PATH, INFERENCE_PATHS, OPEN_PATHS, Admission
 from trio_router.web.form import FORM_PATHS
+from trio_router.web.openapi_schemas import (
+    ANY,
+    COUNT,
+    DONE,
+    EVENTS,
+    FORM,
+    HEALTH,
+    JSON,
+    MODELS,
+    NAME_A_MODEL,
+    NUMBER,
+    OBJECT,
+    PLAN,
+    SCHEMAS,
+    STATUS,
+    STRING,
+    STRINGS,
+    TEXT,
+    TEXT_OR_NULL,
+    Schema,
+    object_with,
+    ref,
+)
 from trio_router.web.responses import json_response
-
-Schema = Mapping[str, Any]
-
-OBJECT: Final[Schema] = {"type": "object"}
-ANY: Final[Schema] = {}
-JSON: Final = "application/json"
-TEXT: Final = "text/plain"
-EVENTS: Final = "text/event-stream"
-FORM: Final = "multipart/form-data"
-
-
-def _object(**properties: Schema) -> Schema:
-    """An object that has at least these."""
-    return {"type": "object", "required": list(properties), "properties": properties}
-
-
-STRING: Final[Schema] = {"type": "string"}
-STRINGS: Final[Schema] = {"type": "array", "items": STRING}
-TEXT_OR_NULL: Final[Schema] = {"type": ["string", "null"]}
-NUMBER: Final[Schema] = {"type": "number"}
-COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
-COUNT_OR_NULL: Final[Schema] = {"type": ["integer", "null"], "minimum": 0}
-
-SCHEMAS: Final[Mapping[str, Schema]] = {
-    "Error": _object(
-        error={
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {"message": STRING, "type": STRING, "param": TEXT_OR_NULL, "code": STRING},
-        }
-    ),
-    "Model": _object(
-        id=STRING,
-        object={"const": "model"},
-        created=COUNT,
-        owned_by=STRING,
-        n_ctx=COUNT_OR_NULL,
-        status=_object(value={"enum": ["loaded", "loading", "unloaded", "failed"]}),
-    ),
-    "ModelStatus": _object(
-        alias=STRING,
-        status={"enum": ["off", "starting", "loading", "ready", "stopping", "crashed", "failed"]},
-        port=COUNT_OR_NULL,
-        vram_mb=COUNT_OR_NULL,
-        vram_used_mb=COUNT_OR_NULL,
-        ram_mb=COUNT_OR_NULL,
-        load_progress=COUNT_OR_NULL,
-        started_at=TEXT_OR_NULL,
-        last_used_at=TEXT_OR_NULL,
-        updated_at=STRING,
-        error_message=TEXT_OR_NULL,
-    ),
-    "NamedModel": _object(model={"type": "string", "description": "An alias of router.toml."}),
-    "InferenceRequest": {
-        "type": "object",
-        "required": ["model"],
-        "properties": {"model": STRING, "stream": {"description": "true: an answer in events."}},
-        "description": "What llama-server reads at this path; the router reads `model` and `stream`, takes "
-        "`keep_alive` (seconds, or '5m') for itself, and passes the rest on.",
-    },
-    "Transcription": {
-        "type": "object",
-        "required": ["model", "file"],
-        "properties": {"model": STRING, "file": {"type": "string", "format": "binary"}},
-        "description": "A form that llama-server reads; the router reads `model`.",
-    },
-}
-
-
-NAME_A_MODEL: Final = frozenset({"NamedModel", "InferenceRequest", "Transcription"})
-
-
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
 
 
 def _parameter(name: str, where: str, schema: Schema, text: str, *, needed: bool = False) -> Schema:
@@ -126,7 +75,7 @@ class Endpoint:
     parameters: tuple[Schema, ...] = ()
     body: str | None = None
     """Name of the body's schema."""
-    error: Schema = attrs.field(factory=lambda: _ref("Error"))
+    error: Schema = attrs.field(factory=lambda: ref("Error"))
     """What an error looks like."""
     streams: bool = False
     """Whether it answers with events when asked for a stream."""
@@ -159,7 +108,7 @@ class Endpoint:
             operation["security"] = []
         if self.body is not None:
             kind = FORM if self.body == "Transcription" else JSON
-            operation["requestBody"] = {"required": True, "content": {kind: {"schema": _ref(self.body)}}}
+            operation["requestBody"] = {"required": True, "content": {kind: {"schema": ref(self.body)}}}
         return operation
 
 
@@ -178,43 +127,21 @@ def _inference(path: str) -> Endpoint:
         errors=(404, 408, 413, 415, 429, 500, 501, 502, 503, 504),
         parameters=(PRIORITY, DEADLINE),
         body="Transcription" if path in FORM_PATHS else "InferenceRequest",
-        error=_object(error=OBJECT),  # llama-server's own errors have other fields
+        error=object_with(error=OBJECT),  # llama-server's own errors have other fields
         streams=True,
     )
 
-
-_STATUS = _object(server=OBJECT, models={"type": "object", "additionalProperties": _ref("ModelStatus")}, summary=OBJECT)
-_MODELS = _object(object={"const": "list"}, data={"type": "array", "items": _ref("Model")})
-_DONE = _object(status={"enum": ["success", "not_found"]}, message=STRING)
-_HEALTH = _object(
-    status={"enum": ["ok", "degraded"]}, checks=OBJECT, version=STRING, uptime_seconds=NUMBER, port=COUNT_OR_NULL
-)
-
-_PLAN = _object(
-    at={"type": ["number", "null"]},
-    model=STRING,
-    priority=TEXT_OR_NULL,
-    outcome={"enum": ["run", "queue", "load", "wait", "never", "start", "evict", "yield", "unload"]},
-    why=STRING,
-    code=TEXT_OR_NULL,
-    queue_position=COUNT_OR_NULL,
-    evicts=STRINGS,
-    place_in_ms=COUNT_OR_NULL,
-    estimated_wait_ms=COUNT_OR_NULL,
-    memory_before_mb=COUNT_OR_NULL,
-    memory_after_mb=COUNT_OR_NULL,
-)
 
 ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     *map(_inference, sorted(INFERENCE_PATHS)),
     _get(
         "/v1/models",
         "The models there are.",
-        _MODELS,
+        MODELS,
         tag="models",
     ),
-    _get("/v1/models/{alias}", "One model.", _ref("Model"), tag="models", errors=(404,), parameters=(ALIAS,)),
-    _get("/v1/models/status", "How every model is.", _STATUS, tag="models"),
+    _get("/v1/models/{alias}", "One model.", ref("Model"), tag="models", errors=(404,), parameters=(ALIAS,)),
+    _get("/v1/models/status", "How every model is.", STATUS, tag="models"),
     _get(
         "/v1/models/status/stream",
         "Every change: full_status, then model_update, server_update and heartbeat.",
@@ -225,13 +152,13 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     _get(
         "/v1/models/failed",
         "Models that used up their attempts.",
-        _object(failed_models={"type": "array", "items": _object(model=STRING, attempts=COUNT, error=STRING)}),
+        object_with(failed_models={"type": "array", "items": object_with(model=STRING, attempts=COUNT, error=STRING)}),
         tag="models",
     ),
     _get(
         "/v1/models/{alias}/status",
         "How one model is.",
-        {"allOf": [_ref("ModelStatus"), _object(model=STRING, is_alive={"type": "boolean"})]},
+        {"allOf": [ref("ModelStatus"), object_with(model=STRING, is_alive={"type": "boolean"})]},
         tag="models",
         errors=(404,),
         parameters=(ALIAS,),
@@ -256,7 +183,10 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         path="/v1/models/load",
         summary="Load a model, and wait until it is ready unless told not to.",
         tag="models",
-        answers={200: (JSON, _object(status=STRING, model=STRING)), 202: (JSON, _object(status=STRING, model=STRING))},
+        answers={
+            200: (JSON, object_with(status=STRING, model=STRING)),
+            202: (JSON, object_with(status=STRING, model=STRING)),
+        },
         errors=(404, 408, 413, 503, 504),
         parameters=(_parameter("wait", "query", SWITCH, "false: answer at once."),),
         body="NamedModel",
@@ -266,7 +196,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         path="/v1/models/eject",
         summary="Unload a model, after its running requests unless forced.",
         tag="models",
-        answers={200: (JSON, _DONE)},
+        answers={200: (JSON, DONE)},
         errors=(404, 408, 413),
         parameters=(_parameter("force", "query", SWITCH, "true: cut running requests."),),
         body="NamedModel",
@@ -276,14 +206,16 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         path="/v1/models/{alias}/reset",
         summary="Let a failed model be tried again.",
         tag="models",
-        answers={200: (JSON, _DONE)},
+        answers={200: (JSON, DONE)},
         errors=(404,),
         parameters=(ALIAS,),
     ),
     _get(
         "/v1/requests",
         "What is being answered now, the oldest first; with a key that is no operator's, its own.",
-        _object(total=COUNT, requests={"type": "array", "items": _object(id=STRING, state=STRING, model=TEXT_OR_NULL)}),
+        object_with(
+            total=COUNT, requests={"type": "array", "items": object_with(id=STRING, state=STRING, model=TEXT_OR_NULL)}
+        ),
         tag="requests",
     ),
     Endpoint(
@@ -291,7 +223,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         path="/v1/requests/{id}/cancel",
         summary="End a request, wherever it is; its client is told.",
         tag="requests",
-        answers={200: (JSON, _object(status=STRING, cancelled=COUNT))},
+        answers={200: (JSON, object_with(status=STRING, cancelled=COUNT))},
         errors=(404,),
         parameters=(_parameter("id", "path", {"type": "string", "minLength": 1}, "Its X-Request-ID."),),
     ),
@@ -300,21 +232,21 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         path="/v1/config/reload",
         summary="Read router.toml again: refused whole if wrong; only models whose settings changed are restarted.",
         tag="configuration",
-        answers={200: (JSON, _object(status=STRING, changed=STRINGS, after_restart=STRINGS, models=OBJECT))},
+        answers={200: (JSON, object_with(status=STRING, changed=STRINGS, after_restart=STRINGS, models=OBJECT))},
     ),
     Endpoint(
         method="post",
         path="/v1/router/drain",
         summary="Finish what runs, and stop, as SIGTERM does.",
         tag="configuration",
-        answers={200: (JSON, _object(status=STRING, message=STRING))},
+        answers={200: (JSON, object_with(status=STRING, message=STRING))},
     ),
     Endpoint(
         method="post",
         path="/v1/router/plan",
         summary="What would happen to a request that came now: run, where in the queue, who would leave, or why never.",
         tag="monitoring",
-        answers={200: (JSON, _PLAN)},
+        answers={200: (JSON, PLAN)},
         errors=(404,),
         parameters=(PRIORITY,),
         body="NamedModel",
@@ -322,7 +254,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     _get(
         "/v1/router/decisions",
         "The last decisions on which models are loaded, oldest first.",
-        _object(decisions={"type": "array", "items": _PLAN}),
+        object_with(decisions={"type": "array", "items": PLAN}),
         parameters=(
             _parameter("last", "query", {"type": "string", "pattern": "^[0-9]{1,9}$"}, "How many; without it all."),
         ),
@@ -335,7 +267,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     _get(
         "/models",
         "The models there are, as llama-server's router tells.",
-        _MODELS,
+        MODELS,
         tag="llama-server's router",
         parameters=(_parameter("reload", "query", {"type": "string"}, "Read router.toml again first."),),
     ),
@@ -344,7 +276,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         path="/models/load",
         summary="Load a model; answers at once.",
         tag="llama-server's router",
-        answers={200: (JSON, _object(success={"const": True}))},
+        answers={200: (JSON, object_with(success={"const": True}))},
         errors=(404, 408, 413, 503),
         body="NamedModel",
     ),
@@ -353,7 +285,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         path="/models/unload",
         summary="Unload a model, after its running requests; answers at once.",
         tag="llama-server's router",
-        answers={200: (JSON, _object(success={"const": True}))},
+        answers={200: (JSON, object_with(success={"const": True}))},
         errors=(404, 408, 413),
         body="NamedModel",
     ),
@@ -375,7 +307,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
                 _parameter("model", "query", STRING, "Its alias.", needed=path != "/props"),
                 _parameter("autoload", "query", SWITCH, "false: an error if it is not loaded."),
             ),
-            error=_object(error=OBJECT),
+            error=object_with(error=OBJECT),
         )
         for path in ("/props", "/slots", "/lora-adapters")
     ),
@@ -392,7 +324,7 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
                 _parameter("model", "query", STRING, "Its alias; or the body says it.", needed=True),
                 _parameter("autoload", "query", SWITCH, "false: an error if it is not loaded."),
             ),
-            error=_object(error=OBJECT),
+            error=object_with(error=OBJECT),
         )
         for path, summary, parameters in (
             ("/props", "Change a model's own settings, as far as its llama-server lets.", ()),
@@ -411,13 +343,15 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
         tag="llama-server's router",
         answers={200: (JSON, ANY)},
         errors=(404, 408, 413, 500, 501, 503),
-        error=_object(error=OBJECT),
+        error=object_with(error=OBJECT),
         body="NamedModel",
     ),
-    _get("/health", "Is the router well?", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
-    _get("/v1/health", "The same.", answers={200: (JSON, _HEALTH), 503: (JSON, _HEALTH)}),
-    _get("/livez", "Is it alive?", _object(status=STRING)),
-    _get("/readyz", "Is it to be sent requests?", answers=dict.fromkeys((200, 503), (JSON, _object(status=STRING)))),
+    _get("/health", "Is the router well?", answers={200: (JSON, HEALTH), 503: (JSON, HEALTH)}),
+    _get("/v1/health", "The same.", answers={200: (JSON, HEALTH), 503: (JSON, HEALTH)}),
+    _get("/livez", "Is it alive?", object_with(status=STRING)),
+    _get(
+        "/readyz", "Is it to be sent requests?", answers=dict.fromkeys((200, 503), (JSON, object_with(status=STRING)))
+    ),
     _get("/metrics", "Prometheus.", answers={200: (TEXT, STRING)}),
     _get("/metrics/backends", "Every llama-server's own series.", answers={200: (TEXT, STRING)}),
     _get(
@@ -429,10 +363,10 @@ ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     _get(
         "/vram",
         "What fills the GPUs.",
-        _object(status={"enum": ["healthy", "warning", "critical", "unavailable"]}, gpu_info=OBJECT),
+        object_with(status={"enum": ["healthy", "warning", "critical", "unavailable"]}, gpu_info=OBJECT),
     ),
-    _get("/v1/queue/stats", "Who waits.", _object(summary=OBJECT, per_model=OBJECT)),
-    _get("/v1/telemetry/summary", "The last hour's requests.", _object(total_requests=COUNT, success_rate=NUMBER)),
+    _get("/v1/queue/stats", "Who waits.", object_with(summary=OBJECT, per_model=OBJECT)),
+    _get("/v1/telemetry/summary", "The last hour's requests.", object_with(total_requests=COUNT, success_rate=NUMBER)),
     _get("/v1/health/models", "How loaded models are."),
     _get("/openapi.json", "This.", tag="documentation"),
 )
