@@ -120,7 +120,7 @@ async def test_one_byte_a_read(whole):
         assert b"".join(body) == (b'{"a": 1}' if whole is PLAIN else b"hello world!")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     chunks=st.lists(st.binary(min_size=1, max_size=300), max_size=8),
     places=st.lists(st.integers(min_value=0, max_value=4000), max_size=6),
@@ -275,7 +275,7 @@ async def test_what_is_not_http(data):
 
 
 @given(st.binary(min_size=1, max_size=200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nothing_but_backend_lost_gets_out(data):
     async def main() -> None:
         async with linked() as (connection, peer):

@@ -397,7 +397,6 @@ def either_loads_or_says_why(file, text):
     assert all(1 <= line <= text.count("\n") + 1 for line in lines)
 
 
-@settings(deadline=None)
 @given(
     api=table("host", "port", "cors_origins", "allowed_hosts", "max_body_mb", "key", "hosts"),
     system=table("gpu_devices", "preload_models", "base_models_path", "aging_sec", "backend_transport", "x"),
@@ -411,7 +410,7 @@ TEXT = (Path(__file__).parents[2] / "router.toml").read_text()
 TEXT = "\n".join(line for line in TEXT.splitlines() if line and not line.startswith("# "))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_damage_to_a_file_is_told(file, data):
     start = data.draw(st.integers(0, len(TEXT)))
@@ -420,7 +419,6 @@ def test_any_damage_to_a_file_is_told(file, data):
     either_loads_or_says_why(file, TEXT[:start] + piece + TEXT[end:])
 
 
-@settings(deadline=None)
 @given(st.text())
 @example("\ud800")
 @example("a = 00:99:00")

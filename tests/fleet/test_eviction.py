@@ -64,7 +64,7 @@ def test_2_many_models() -> None:
     assert leaving([*many, one("z", 1, 50)], 40) == "z", "those not needed after all are kept"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(1, 999), st.integers(0, 9)), max_size=7), st.integers(0, 30), st.integers(0, 3))
 def test_as_few_as_can_be(models: list[tuple[int, int]], wanted: int, at_least: int) -> None:
     candidates = [one(chr(ord("a") + number), idle, size) for number, (idle, size) in enumerate(models)]
@@ -78,7 +78,7 @@ def test_as_few_as_can_be(models: list[tuple[int, int]], wanted: int, at_least: 
     assert (math.inf if found is None else len(found)) == min(sufficient, default=math.inf)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(1, 999), st.integers(0, 9)), min_size=EXACT + 1, max_size=20), st.integers(0, 120)
 )

@@ -354,7 +354,7 @@ def wished(one: ModelSnapshot) -> bool:
 
 
 KEPT = Retire("", EVICTED)
-EXAMPLES = settings(max_examples=100, deadline=None)
+EXAMPLES = settings(max_examples=100)
 
 
 @EXAMPLES

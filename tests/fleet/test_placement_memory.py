@@ -214,7 +214,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return Snapshot(now=NOW, models=models, max_resident=places, idle_timeout=300, room=room)
 
 
-EXAMPLES = settings(max_examples=200, deadline=None)
+EXAMPLES = settings(max_examples=200)
 
 
 @EXAMPLES

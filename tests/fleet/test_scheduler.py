@@ -880,7 +880,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(slots=st.integers(1, 3), max_waiting=st.integers(0, 6), steps=STEPS)
 def test_does_what_a_slower_one_would_do(slots: int, max_waiting: int, steps: list[tuple]) -> None:
     async def main() -> None:

@@ -150,7 +150,7 @@ def test_what_waits_has_a_claim() -> None:
 sizes = st.integers(0, 24 * GIB)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.integers(0, 3), sizes, max_size=4), st.none() | sizes, sizes, sizes, sizes, st.data())
 def test_a_spot_is_never_larger_than_what_is_free(
     free: dict[int, int], ram: int | None, device_bytes: int, fixed: int, host: int, data: st.DataObject

@@ -751,7 +751,7 @@ async def test_an_old_client_without_a_host(sockets):
         assert (await client.ended()).split()[1] == b"403"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.text("abcXYZ-_", min_size=1, max_size=10),
     value=st.binary(max_size=30).filter(lambda value: b"\n" not in value),

@@ -5,7 +5,7 @@ from io import BytesIO
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from werkzeug.formparser import MultiPartParser
 
@@ -86,7 +86,6 @@ NAMES = st.sampled_from(["model", "file", "language", "prompt"])
 VALUES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20)
 
 
-@settings(deadline=None)
 @given(
     fields=st.dictionaries(NAMES, VALUES | st.lists(VALUES, max_size=2)),
     sent=st.dictionaries(NAMES, st.binary(max_size=50)),
@@ -110,7 +109,6 @@ def test_it_is_what_others_read(fields, sent):
         assert ours == theirs[-1]
 
 
-@settings(deadline=None)
 @given(
     form=st.binary(max_size=30) | st.lists(st.sampled_from([b"--b", b"\r\n", b"--", b"x", b"\r\n\r\n", MODEL, FILE]))
 )

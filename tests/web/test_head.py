@@ -85,7 +85,7 @@ line = st.builds(lambda n, a, b, v, c: n + a + b":" + b + v + c, names, blanks, 
 ends = st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r\n "])
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.lists(st.tuples(line, ends), max_size=5), st.booleans())
 def test_whatever_is_taken_hypercorns_parser_reads_the_same(lines, begun):
     start = [(b"POST /tokenize HTTP/1.1", b"\r\n")]
