@@ -76,7 +76,10 @@ def test_clients_are_not_told_to_wait_longer_than_they_would(kind):
 
 def test_clients_are_told_not_to_repeat_what_stays_as_it_is():
     permanent = {kind.code for kind in ALL if dict(kind("x").headers).get("x-should-retry") == "false"}
-    assert permanent == {"model_failed", "vram_exhausted", "backend_crashed", "request_cancelled"}
+    assert permanent == {
+        *("model_failed", "vram_exhausted", "backend_crashed", "request_cancelled"),
+        *("deadline_unreachable", "deadline_exceeded"),
+    }
 
 
 def test_details_are_the_errors_own():

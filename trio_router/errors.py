@@ -28,7 +28,7 @@ class RouterError(Exception):
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
     permanent: ClassVar[bool] = False
-    """Whether the same request meets the same fate until somebody does something about it."""
+    """Whether the same request meets the same fate until somebody does something about it, or comes when it is too late."""
 
     def __init__(
         self,
@@ -378,12 +378,14 @@ class DeadlineUnreachable(TimedOut):
     """Raised when a request would wait for longer than its client does, as far as can be known."""
 
     code = "deadline_unreachable"
+    permanent = True
 
 
 class DeadlineExceeded(TimedOut):
     """Raised when a request still waits at its client's deadline."""
 
     code = "deadline_exceeded"
+    permanent = True
 
 
 class LoadTimeout(TimedOut):

@@ -233,6 +233,14 @@ async def test_a_body_is_json_whatever_it_is_called(sockets, way, kind):
         assert "content-encoding" not in server.headers()
 
 
+@pytest.mark.parametrize("path", [CHAT, f"/upstream/qwen{CHAT}"])
+async def test_a_byte_order_mark_is_nothing(sockets, way, path):
+    server = Server()
+    async with open_site(sockets, server) as site:
+        assert (await site.ask("POST", path, way, b"\xef\xbb\xbf" + BODY)).status == 200
+        assert server.asked[0].endswith(b"\r\n\r\n" + BODY)
+
+
 async def test_what_is_too_long_for_llama_server(sockets, way):
     server = Server()
     async with open_site(sockets, server) as site:

@@ -122,6 +122,7 @@ def test_the_words_of_responses(endpoint):
     name, data = event_of(error_event(endpoint, ERROR, cut=False))
     assert name == data["type"] == "response.failed"
     assert data["response"]["status"] == "failed"
+    assert data["sequence_number"] == 0
     assert data["response"]["error"]["message"] == ERROR.message
     assert data["error"]["type"] == "service_unavailable_error"
 

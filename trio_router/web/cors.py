@@ -11,7 +11,9 @@ ALLOWED_HEADERS: Final = (
     b"*, Authorization, Content-Type, Last-Event-ID, X-Api-Key, X-Request-ID, X-Request-Priority, "
     b"OpenAI-Organization, OpenAI-Project"
 )
-EXPOSED_HEADERS: Final = b"X-Request-ID, Request-ID, X-Queue-Time-Ms, Retry-After, X-Should-Retry"
+EXPOSED_HEADERS: Final = (
+    b"X-Request-ID, Request-ID, X-Queue-Time-Ms, X-Queue-Position, X-Queue-Estimate-Ms, Retry-After, X-Should-Retry"
+)
 MAX_AGE: Final = b"600"
 
 

@@ -22,6 +22,7 @@ def told_event(endpoint: str, body: dict[str, Any], message: str, *, cut: bool) 
         failed = {"code": "server_error", "message": message}
         body = {
             "type": "response.failed",
+            "sequence_number": 0,  # llama-server's own events have none, and there are clients that insist
             "response": {"object": "response", "status": "failed", "error": failed},
             **body,
         }

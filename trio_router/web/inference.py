@@ -54,6 +54,8 @@ CPPHTTPLIB_HEADER_MAX_COUNT)."""
 MAX_LINE_BYTES: Final = 8190
 """Of a header, and of a target: llama-server answers longer ones with an empty 400 or 414, or with nothing
 (CPPHTTPLIB_HEADER_MAX_LENGTH, CPPHTTPLIB_REQUEST_URI_MAX_LENGTH: 8,192 with the end of the line)."""
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+"""Before JSON it is nothing, to llama-server too (RFC 8259 section 8.1)."""
 INTERNAL_ERROR = 500
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that left before it was answered; nobody sees it but logs and metrics."""
@@ -223,6 +225,8 @@ class Exchange:
         asked = self.asked
         if asked.problem is not None:
             raise asked.problem.again()
+        if self.body.startswith(BYTE_ORDER_MARK):  # noqa: FURB188  (removeprefix copies a bytearray without one, too)
+            self.body = self.body[len(BYTE_ORDER_MARK) :]
         if self.alias is not None and asked.boundary is None:
             check_json(self.body)
         said, kept = (self.alias, None) if self.alias is not None else self._wanted()
