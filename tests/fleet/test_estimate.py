@@ -39,7 +39,7 @@ def test_one_slot_with_requests_that_are_all_alike():
     pace = pace_of(4.0, 4.0)
     waits = [expected_wait(pace, ahead=ahead, slots=1, elapsed=[1.0], opens_in=0.0) for ahead in range(3)]
     assert waits == [3.0, 7.0, 11.0]
-    assert expected_wait(pace, ahead=0, slots=1, elapsed=[9.0], opens_in=0.0) == pytest.approx(0.4)  # overdue
+    assert expected_wait(pace, ahead=0, slots=1, elapsed=[9.0], opens_in=0.0) == pytest.approx(0.9)  # overdue
 
 
 def test_more_slots_with_requests_that_are_all_alike():

@@ -22,7 +22,7 @@ MAX_RETRY_AFTER_SECONDS: Final = 120
 NEWEST: Final = 0.05
 """Share of a new measurement in the mean, once there are many."""
 OVERDUE: Final = 0.1
-"""A request that has run for longer than the mean is given this share of the mean to go on."""
+"""A request that has run for longer than the mean is given this share of what it has run to go on."""
 LATELY_SECONDS: Final = 60.0
 """What happened that long ago counts 1/e of what happens now, in a priority's share."""
 MOST_SHARE: Final = 0.9
@@ -103,7 +103,7 @@ def expected_wait(
         return None
     mean, spread = pace.mean, pace.spread
     alike = 1.0 - spread
-    left = sorted([alike * max(mean - seconds, OVERDUE * mean) + spread * mean for seconds in elapsed])
+    left = sorted([alike * _left(mean, seconds) + spread * max(mean, OVERDUE * seconds) for seconds in elapsed])
     left += [mean] * free  # those are for who is ahead
     before = ahead - free
     rounds, place = divmod(before, slots)
@@ -117,7 +117,12 @@ def drained_in(pace: Pace, elapsed: Sequence[float]) -> float | None:
     """Seconds until all requests are done that have run for so long; None: too little was measured."""
     if not elapsed:
         return 0.0
-    return max(max(pace.mean - seconds, OVERDUE * pace.mean) for seconds in elapsed) if pace.measured else None
+    return max(_left(pace.mean, seconds) for seconds in elapsed) if pace.measured else None
+
+
+def _left(mean: float, seconds: float) -> float:
+    """Of a request that has run for so many, where all are alike; a mean of few may be far too small."""
+    return max(mean - seconds, OVERDUE * max(mean, seconds))
 
 
 def overtaken(seconds: float, share: float, until: float) -> float:
