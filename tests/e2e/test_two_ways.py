@@ -1,5 +1,6 @@
 """The real llama-server bare, and through both ways in: the same bytes but for the time of day and the clock."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,23 @@ FLAGS = ["-c", "2048", "-np", "1", "-t", "1"]
 @pytest.fixture(scope="module")
 def ways(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ways]:
     with open_ways(tmp_path_factory.mktemp("ways"), real_llama, smollm2, FLAGS) as ways:
+        yield ways
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.reasoning_content %}<think>\n"
+    "{{ message.reasoning_content }}\n</think>\n\n{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Of a model that thinks: what may become the beginning of a thought is not said before it is known."""
+
+
+@pytest.fixture(scope="module")
+def thinking(real_llama: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ways]:
+    folder = tmp_path_factory.mktemp("thinking")
+    (folder / "template.jinja").write_text(TEMPLATE)
+    flags = ["-c", "256", "-np", "2", "-t", "1", "--jinja", "--chat-template-file", str(folder / "template.jinja")]
+    with open_ways(folder, real_llama, smollm2, flags) as ways:
         yield ways
 
 
@@ -123,3 +141,41 @@ def test_a_form_comes_to_be_read(ways: Ways, fields: dict[str, str], files: dict
     assert_same(answers)
     assert answers[0].status_code in {400, 500, 501}
     assert "audio" in answers[0].text or "file" in answers[0].text or "response_format" in answers[0].text
+
+
+SAID = ("<think>", "<", "  ", "", "<think>ab", "hello 🎉🎉")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *(
+            (path, {**body, "grammar": f'root ::= "{said}"'})
+            for said in SAID
+            for path, body in (
+                ("/v1/chat/completions", {"messages": MESSAGES}),
+                ("/v1/responses", {"input": "Hi"}),
+                ("/v1/messages", {"messages": MESSAGES, "max_tokens": 20}),
+                ("/v1/messages", {"messages": MESSAGES, "max_tokens": 1}),
+            )
+        ),
+        *(
+            ("/v1/responses", {"input": "Hi", "grammar": 'root ::= "hello 🎉🎉"', bound: count})
+            for bound in ("max_output_tokens", "max_tokens", "n_predict")
+            for count in (2, 3)
+        ),
+        ("/v1/responses", {"input": "Hi", "grammar": 'root ::= "a stop"', "max_tokens": 2, "stop": ["a stop!"]}),
+        ("/v1/responses", {"input": "Hi", "n": 2, "max_output_tokens": 3}),
+        ("/v1/responses", {"input": "Hi", "ignore_eos": True}),  # to the end of the context
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 3, "stream": True, "timings_per_token": True}),
+        ("/completion", {"prompt": "Hi", "n_predict": 3, "reasoning_format": "deepseek-legacy"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.get("grammar", "plain"),
+)
+def test_of_a_model_that_thinks(thinking: Ways, path: str, body: dict[str, Any]) -> None:
+    answers = thinking.ask(path, PLAIN | body)
+    cached = re.compile(rb'"(?:cached_tokens|cache_read_input_tokens|input_tokens)":\d+')  # some are asked for twice
+    for answer in answers:
+        answer._content = cached.sub(b"#", answer.content)
+        answer.headers["content-length"] = str(len(answer.content))
+    assert_same(answers)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trio_router.web.assembly import NotWhole
+from trio_router.web.assembly import KeptBack, NotWhole
 from trio_router.web.message_assembly import MessageAssembly
 
 START = {
@@ -68,7 +68,27 @@ def test_put_together(size):
     assert assembled(stream(BEGIN, *thinking, ("ping", {}), *text, *end("end_turn", "x")), size) == whole(
         '{"type":"thinking","thinking":"hm","signature":""},{"type":"text","text":"G\\"rüße"}', "end_turn", '"x"'
     )
-    assert assembled(stream(BEGIN, *end("max_tokens")), size) == whole("", "max_tokens")
+
+
+@pytest.mark.parametrize(
+    ("reason", "tokens", "kept"),
+    [
+        ("max_tokens", 3, True),
+        ("max_tokens", 1, True),
+        ("end_turn", 2, True),
+        ("end_turn", 1, False),
+        ("end_turn", 0, False),
+    ],
+)
+def test_of_which_nothing_was_said(reason, tokens, kept):
+    """All of it may have been the beginning of a thought, or of a call of a tool; or it was the end, and nothing else."""
+    delta = {"stop_reason": reason, "stop_sequence": None}
+    data = stream(BEGIN, ("message_delta", {"delta": delta, "usage": {"output_tokens": tokens}}), ("message_stop", {}))
+    if kept:
+        with pytest.raises(KeptBack):
+            assembled(data)
+    else:
+        assert b'"content":[]' in assembled(data)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import pytest
 from trio_router.web.assembly import KeptBack, NotWhole
 from trio_router.web.native_assembly import NativeAssembly
 
-SETTINGS = {"seed": 1, "stop": ['"stream":true'], "stream": True, "timings_per_token": False}
+SETTINGS = {
+    "seed": 1, "stop": ['"stream":true'], "stream": True, "reasoning_in_content": True, "timings_per_token": False,
+}  # fmt: skip
 
 
 def stream(*found: Any) -> bytes:
@@ -38,7 +40,8 @@ def assembled(data: bytes, size: int = 1_000_000) -> tuple[int, bytes]:
 def test_put_together(size):
     whole = (
         '{"index":0,"content":"G\\"rüße","tokens":[],"id_slot":1,"stop":true,"generation_settings":{"seed":1,'
-        '"stop":["\\"stream\\":true"],"stream":false,"timings_per_token":false},"timings":{"x":1.5}}'
+        '"stop":["\\"stream\\":true"],"stream":false,"reasoning_in_content":false,'
+        '"timings_per_token":false},"timings":{"x":1.5}}'
     )
     assert assembled(stream(PROGRESS, piece('G"rü'), piece("ße"), LAST), size) == (200, whole.encode())
 

@@ -119,6 +119,8 @@ def test_what_is_asked_for(path):
         ("/completion", b'{"model":"m","n_probs":1}'),
         (CHAT, b'{"model":"m","continue_final_message":"content"}'),
         (CHAT, b'{"model":"m","verbose":true}'),
+        ("/v1/responses", b'{"model":"m","n":2}'),
+        ("/v1/responses", b'{"model":"m","timings_per_token":true,"stream":true}'),
         ("/v1/embeddings", BODY),
     ],
 )
@@ -261,8 +263,9 @@ CUT_OFF = chat({}, finish="length")
             BEGIN, counted(chat({"content": "a"}), 1), CUT_OFF, counted(usage(1), 1),
             counted(chat({"content": "b"}, index=1), 1), chat({}, index=1, finish="length"), counted(usage(2), 2),
         ),
+        events(BEGIN, counted(chat({"content": ""}), 1), chat({}, finish="stop"), counted(usage(2), 2)),
     ],
-    ids=["a text", "a thought", "all of it", "a completion", "the second"],
+    ids=["a text", "a thought", "all of it", "a completion", "the second", "all of one that ended"],
 )  # fmt: skip
 def test_an_answer_that_is_cut_lacks_what_was_kept_back(stream):
     """Half a character, or the beginning of a stop word: an answer in one piece has it."""
@@ -277,8 +280,9 @@ def test_an_answer_that_is_cut_lacks_what_was_kept_back(stream):
         events(BEGIN, counted(chat({"content": "a"}), 2), counted(chat({"content": "b"}), 3), CUT_OFF, counted(usage(3), 3)),
         events(BEGIN, counted(chat({"content": "a"}), 1), chat({}, finish="stop"), counted(usage(3), 3)),
         events(counted(text("a"), 2), counted(text("", finish="length") | {"usage": 2}, 2)),
+        events(BEGIN, chat({}, finish="stop"), counted(usage(1), 1)),
     ],
-    ids=["to the last token", "ended", "a completion"],
+    ids=["to the last token", "ended", "a completion", "nothing but its end"],
 )  # fmt: skip
 def test_an_answer_of_which_nothing_was_kept_back(stream):
     assert assembled(stream)[0] == 200
@@ -396,11 +400,29 @@ def test_what_makes_no_whole_response(stream):
 @pytest.mark.parametrize(
     ("spoken", "bound", "whole"), [(3, 3, True), (2, 3, False), (0, 3, False), (2, 4, True), (2, None, True)]
 )
-def test_a_response_that_is_cut_lacks_what_was_kept_back(spoken, bound, whole):
-    assembly = ResponseAssembly(json.dumps({"max_output_tokens": bound}).encode())
+@pytest.mark.parametrize(
+    "by", ["max_output_tokens", "max_tokens", "max_completion_tokens", "n_predict", "flags", "context"]
+)
+def test_a_response_that_is_cut_lacks_what_was_kept_back(spoken, bound, whole, by):
+    longest = bound if by == "flags" else None
+    context = bound + 10 if by == "context" and bound else None  # there is always one token left
+    body = {} if by in {"flags", "context"} else {by: bound}
+    assembly = ResponseAssembly(json.dumps(body).encode(), longest, context)
     if spoken:
         assembly.feed(named("output_text.delta", delta="a", timings={"predicted_n": spoken}))
     assembly.feed(named("completed", response=RESPONSE))
+    if whole:
+        assert assembly.whole()[0] == 200
+    else:
+        with pytest.raises(KeptBack):
+            assembly.whole()
+
+
+@pytest.mark.parametrize(("tokens", "whole"), [(1, True), (2, False)])
+def test_a_response_of_which_nothing_was_said(tokens, whole):
+    assembly = ResponseAssembly(b"{}")
+    usage = {"output_tokens": tokens, "input_tokens": 9}
+    assembly.feed(named("completed", response={**RESPONSE, "output": [], "usage": usage}))
     if whole:
         assert assembly.whole()[0] == 200
     else:

@@ -65,6 +65,8 @@ class Backend:
     client: BackendClient
     context: int | None = None
     """Tokens of one slot, as llama-server said."""
+    longest: int | None = None
+    """Tokens of an answer at most, as its flags say; it does not say that itself."""
     model_file: Path
     patience_seconds: float = math.inf
     """Longest silence in the middle of a request."""

@@ -47,6 +47,7 @@ from trio_router.backend.settings import SupervisorSettings
 from trio_router.backend.shortage import short_of_memory
 from trio_router.backend.stall import until_stalled
 from trio_router.backend.weighing import Weighing
+from trio_router.config.flags import longest_in
 from trio_router.config.schema import ModelConfig
 from trio_router.errors import LoadTimeout, ModelFailed, RouterError
 from trio_router.memory.room import Spot
@@ -378,6 +379,7 @@ class Supervisor:
                 client=client,
                 model_file=self.model.file,
                 patience_seconds=self.settings.request_timeout_seconds,
+                longest=longest_in(self.model.flags),
             )
             self.backend.open_slots(self.model.slots)
             await self._learn(self.backend)

@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 from trio_router.errors import shown
 
 PARALLEL = frozenset({"-np", "--parallel"})
+LONGEST = frozenset({"-n", "--predict", "--n-predict"})
 
 _LISTENS = "the router chooses where llama-server listens"
 _KEYS = "the router checks keys itself (API_KEY)"
@@ -73,6 +74,12 @@ def last_value(flags: Sequence[str], names: Collection[str]) -> str | None:
         if flag_name(flag) in names:
             value = following
     return value
+
+
+def longest_in(flags: Sequence[str]) -> int | None:
+    """How many tokens the flags let an answer have; None when they do not say."""
+    written = last_value(flags, LONGEST)
+    return int(written) if written is not None and written.isdecimal() else None
 
 
 def slots_in(flags: Sequence[str]) -> int | None:

@@ -136,6 +136,12 @@ class Talk(Body):
     top_logprobs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     n_probs: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     verbose: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    timings_per_token: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def wants_timings(self) -> bool:
+        """Whether it says something of llama-server's `timings_per_token` itself."""
+        return self.timings_per_token is not msgspec.UNSET
 
     @property
     def wants_progress(self) -> bool:

@@ -33,10 +33,10 @@ class NotWhole(Exception):
 
 
 class KeptBack(NotWhole):
-    """Raised when an answer was cut while llama-server kept something of it back, which its stream then lacks."""
+    """Raised when an answer ended while llama-server kept something of it back, which its stream then lacks."""
 
     def __init__(self) -> None:
-        super().__init__("it was cut while something was kept back", ever=False)
+        super().__init__("it ended while something was kept back", ever=False)
 
 
 class Whole(Protocol):
@@ -146,9 +146,19 @@ class Choice:
         return name != "role" and value != b'""'
 
     def check_cut(self) -> None:
-        """Raise NotWhole if it was cut, and something before that was kept back: it stands in whole answers only."""
-        if self.finish == CUT and self.ended and made(self.spoken) != made(self.ended):
+        """Raise NotWhole if it was cut, and something before that was kept back: it stands in whole answers only.
+
+        So does all of an answer of which nothing was said, since it may have been the beginning of something else.
+        """
+        if not self.ended:
+            return
+        end = made(self.ended)
+        if (self.finish == CUT and made(self.spoken) != end) or (self._is_silent and end > 1):
             raise KeptBack
+
+    @property
+    def _is_silent(self) -> bool:
+        return not self.calls and not any(any(pieces) for name, pieces in self.texts.items() if name != "role")
 
     def text(self, name: str) -> bytes:
         return b'"%b"' % b"".join(self.texts.get(name, ()))
@@ -281,6 +291,10 @@ class ResponseAssembly:
 
     _source: bytes | bytearray
     """The request's body."""
+    _longest: int | None = None
+    """Tokens of an answer that does not say itself how long it may be."""
+    _context: int | None = None
+    """Tokens of question and answer together."""
     _events: Events = attrs.field(factory=Events)
     _end: bytes = b""
     _spoken: bytes = b""
@@ -300,23 +314,34 @@ class ResponseAssembly:
             raise NotWhole("the stream ended before the response did", ever=b'"error":' not in self._end)
         try:
             found = CHUNK.decode(CHUNK.decode(data)["response"])
-            self._check_cut(COUNT.decode(CHUNK.decode(found["usage"])["output_tokens"]))
+            usage = CHUNK.decode(found["usage"])
+            output = ITEMS.decode(found["output"])
+            read, count = COUNT.decode(usage["input_tokens"]), COUNT.decode(usage["output_tokens"])
+            if self._is_cut(read, count) or (not output and count > 1):
+                raise KeptBack
             found["completed_at"] = found["created_at"]
-            found["output"] = msgspec.Raw(b"[%b]" % b",".join(map(_item, ITEMS.decode(found["output"]))))
+            found["output"] = msgspec.Raw(b"[%b]" % b",".join(map(_item, output)))
         except (msgspec.DecodeError, KeyError) as error:
             raise NotWhole(f"the response is not as expected ({error})") from error
         return 200, written(sorted(found.items()))
 
-    def _check_cut(self, count: int) -> None:
-        """Raise NotWhole as a choice does. That it was cut is said nowhere: it is as long as it may be."""
-        if count == msgspec.json.decode(self._source, type=_Bound).max_output_tokens:
-            spoken = raw(self._spoken.partition(b"\ndata: ")[2]).get("timings", b"") if self._spoken else b""
-            if made(spoken) != count:
-                raise KeptBack
+    def _is_cut(self, read: int, count: int) -> bool:
+        """Whether it was cut, and something kept back. That it was cut is said nowhere: it is as long as it may be."""
+        spoken = raw(self._spoken.partition(b"\ndata: ")[2]).get("timings", b"") if self._spoken else b""
+        if made(spoken) == count:
+            return False
+        bounds = msgspec.structs.astuple(msgspec.json.decode(self._source, type=_Bounds))
+        full = self._context is not None and read + count >= self._context - 1
+        return count in bounds or count == self._longest or full
 
 
-class _Bound(msgspec.Struct):
+class _Bounds(msgspec.Struct):
+    """Any of them holds."""
+
     max_output_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_tokens: Any = None
+    n_predict: Any = None
 
 
 def _item(item: Raw) -> bytes:

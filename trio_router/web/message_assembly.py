@@ -93,14 +93,14 @@ class MessageAssembly:
         return 200, written(fields.items())
 
     def _check_cut(self, end: dict[str, bytes]) -> None:
-        """Raise NotWhole if it was cut, and may have begun to say one of the request's stop words.
+        """Raise NotWhole if it was cut, and may have begun to say one of the request's stop words, or if nothing was said.
 
         As far as is known: not every token says something. Half a character that is lost at the end is not missed.
         """
-        if end.get("stop_reason") == b'"max_tokens"' and b'"stop_sequences"' in self._source:
-            said = sum(len(block.pieces) for block in self._blocks.values())
-            if said != COUNT.decode(end.get("output_tokens", b"0")):
-                raise KeptBack
+        cut, count = end.get("stop_reason") == b'"max_tokens"', COUNT.decode(end.get("output_tokens", b"0"))
+        said = sum(len(block.pieces) for block in self._blocks.values())
+        if (cut and b'"stop_sequences"' in self._source and said != count) or (not self._blocks and count > (not cut)):
+            raise KeptBack
 
 
 def _input(arguments: str) -> bytes:

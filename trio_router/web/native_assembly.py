@@ -4,8 +4,8 @@ import attrs
 
 from trio_router.web.assembly import KeptBack, NotWhole, OfChunks, inside, written
 
-STREAMED = b'"stream":true'
-"""In the settings that an answer repeats; inside a string its quotes would be escaped."""
+STREAMED = ((b'"stream":true', b'"stream":false'), (b'"reasoning_in_content":true', b'"reasoning_in_content":false'))
+"""What the settings that an answer repeats say of a stream, and of a whole; inside a string the quotes would be escaped."""
 
 
 @attrs.define(eq=False)
@@ -41,5 +41,6 @@ class NativeAssembly(OfChunks):
             raise KeptBack
         fields = self._last | {"content": b'"%b"' % b"".join(self._content)}
         if "generation_settings" in fields:
-            fields["generation_settings"] = fields["generation_settings"].replace(STREAMED, b'"stream":false')
+            for streamed, whole in STREAMED:
+                fields["generation_settings"] = fields["generation_settings"].replace(streamed, whole)
         return 200, written(fields.items())

@@ -11,12 +11,15 @@ order, and with its own numbers, digit by digit. A stream that no whole can be m
 did, and so is what comes after it on the same path, until there is another llama-server. What llama-server does not
 stream, or words otherwise there, is asked for again likewise, but only that: an error in the middle of a message or a
 response, an answer that is cut at its greatest length while something of it is kept back (half a character, or what may
-be the beginning of a stop word), a stream that goes on with what the model had said. Whatever stands in a llama-server's place, and does not say in `/props` which
+be the beginning of a stop word), one of which nothing was said (it may have been the beginning of a thought, or of a tool's
+call), a stream that goes on with what the model had said. What is asked for twice finds its own prompt in the cache, and
+says so. Whatever stands in a llama-server's place, and does not say in `/props` which
 build of llama.cpp it is, gets every request as it came.
 
 Left alone is what gains nothing or lacks something. A message's stream (`/v1/messages`) does not say how far its prompt
-is, so a message stops at once only from its first token on. Streams of several answers have lines on progress anywhere.
-Of llama-server's own completions, several at once, and those with `response_fields` or `return_tokens`, say other things
+is, so a message stops at once only from its first token on. Streams of several answers have lines on progress anywhere,
+and a response's stream with `timings_per_token` says with them what it would not say. Several responses are a list in one
+piece. Of llama-server's own completions, several at once, and those with `response_fields` or `return_tokens`, say other things
 in one piece, and so do answers with log probabilities, with `continue_final_message` and with `verbose`. Embeddings, rankings and audio have no stream.
 """
 
@@ -63,13 +66,17 @@ class Stoppable:
     """Whether the model may call some."""
     continuing: Continuing | None = None
     """Keeps what came of a whole answer, if it is interrupted."""
+    backend: Backend | None = None
+    """Where it is asked."""
 
     @classmethod
     def of(cls, path: str, body: bytes | bytearray, talk: Talk, *, stream: bool) -> "Stoppable | None":
         """None for a request that is to be sent as it is."""
-        if path not in PATHS or talk.is_odd or talk.wants_progress or (talk.is_several and (stream or path in NATIVE)):
+        if path not in PATHS or talk.is_odd or talk.wants_progress:
             return None
-        if stream and path in MESSAGES:
+        if talk.is_several and (stream or path in NATIVE | RESPONSES):
+            return None
+        if stream and (path in MESSAGES or (path in RESPONSES and talk.wants_timings)):
             return None
         if not stream and (talk.is_told_otherwise or (path in NATIVE and talk.is_cut_out)):
             return None
@@ -103,7 +110,10 @@ class Stoppable:
         """None where the request is to be sent as it is: to who is no llama-server, or makes no whole of such answers."""
         if not backend.genuine or (self.whole and self.name in backend.unstoppable):
             return None
-        return attrs.evolve(self, continuing=None) if self.path in backend.beginning else self
+        continuing = None if self.path in backend.beginning else self.continuing
+        if self.path in RESPONSES:
+            return attrs.evolve(self, continuing=continuing, backend=backend)
+        return self if continuing is self.continuing else attrs.evolve(self, continuing=None)
 
     def otherwise(self, backend: Backend, error: NotWhole) -> "Stoppable | None":
         """What is sent since this was no way to ask that one; None: the request as it is."""
@@ -157,7 +167,8 @@ class Stoppable:
         if self.continuing is not None:
             return PartAssembly(continuing=self.continuing)
         if self.path in RESPONSES:
-            return ResponseAssembly(self.source)
+            longest, context = (None, None) if self.backend is None else (self.backend.longest, self.backend.context)
+            return ResponseAssembly(self.source, longest, context)
         if self.path in MESSAGES:
             return MessageAssembly(self.source)
         return NativeAssembly() if self.path in NATIVE else Assembly()
