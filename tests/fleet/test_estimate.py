@@ -47,6 +47,22 @@ def test_more_slots_with_requests_that_are_all_alike():
     assert waits == [1.0, 3.0, 5.0, 7.0]
 
 
+@pytest.mark.parametrize(
+    ("elapsed", "slots", "waits"),
+    [
+        ([1000.0, 1.0], 2, [3.0, 7.0, 7.0]),
+        ([1000.0], 2, [0.0, 4.0]),
+        ([3600.0, 1.0, 2.0, 3.0], 4, [1.0, 2.0, 3.0, 5.0]),
+    ],
+)
+def test_who_is_long_overdue_is_passed_in_the_other_slots(elapsed, slots, waits):
+    pace = pace_of(4.0, 4.0)
+    found = [
+        expected_wait(pace, ahead=ahead, slots=slots, elapsed=elapsed, opens_in=0.0) for ahead in range(len(waits))
+    ]
+    assert found == waits
+
+
 def test_slots_that_are_still_to_come():
     wait = [expected_wait(pace_of(4.0), ahead=ahead, slots=2, elapsed=(), opens_in=10.0) for ahead in range(4)]
     assert wait == [10.0, 10.0, 14.0, 14.0]

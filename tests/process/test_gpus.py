@@ -132,7 +132,7 @@ def test_a_router_that_had_no_turn_looks_again_before_another_leaves(gpus: Gpus)
     time.sleep(0.6)  # both are idle for long enough
     waiting = router.in_background("c")
     wait_until(lambda: len(router.servers()) == 1)
-    time.sleep(0.4)  # it has looked, and what it saw was not free yet
+    time.sleep(0.2)  # it has looked, and what it saw was not free yet
     router.process.send_signal(signal.SIGSTOP)
     time.sleep(2.5)
     gpus.say(freed_seconds=0)

@@ -74,12 +74,18 @@ def test_no_form(form):
         model_of(form, b"b")
 
 
-@pytest.mark.parametrize("form", [END, FILE + END, part("model", b"\xff") + END])
+@pytest.mark.parametrize("form", [END, FILE + END, part("model" + "l" * 300, b"qwen") + END])
 def test_no_model(form):
     with pytest.raises(MissingModel):
         model_of(form, b"b")
-    if b"\xff" not in form:
-        assert model_of(form, b"b", "other") == "other"
+    assert model_of(form, b"b", "other") == "other"
+
+
+def test_as_many_parts_as_there_may_be():
+    assert model_of(part("a", b"") * (MAX_PARTS - 1) + MODEL + END, b"b") == "qwen"
+    with pytest.raises(InvalidForm, match="more than 100 parts"):
+        model_of(part("a", b"") * MAX_PARTS + MODEL + END, b"b")
+    assert model_of(part("model", b"\xff" + b"x" * 9000) + END, b"b").startswith("\ufffdx")
 
 
 NAMES = st.sampled_from(["model", "file", "language", "prompt"])

@@ -128,6 +128,13 @@ def test_what_is_sent_as_it_is(path, body):
     assert of(path, body) is None
 
 
+@pytest.mark.parametrize(
+    "body", [b'"n":1', b'"n":null', b'"n_cmpl":1', b'"prompt":{"id":"x"}', b'"stream":true,"timings_per_token":false']
+)
+def test_one_response_is_no_list(body):
+    assert of("/v1/responses", b'{"model":"m",%b}' % body) is not None
+
+
 def test_what_says_nothing_is_no_reason():
     for body in (b'"logprobs":false', b'"logprobs":null,"top_logprobs":null', b'"n_probs":0', b'"verbose":false'):
         assert of(CHAT, b'{"model":"m",%b}' % body) is not None
@@ -416,6 +423,34 @@ def test_a_response_that_is_cut_lacks_what_was_kept_back(spoken, bound, whole, b
     else:
         with pytest.raises(KeptBack):
             assembly.whole()
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (b'{"max_tokens":3.5}', True), (b'{"max_tokens":1e999}', True), (b'{"x":' + b"[" * 900_000 + b"]" * 900_000 + b"}", True),
+        (b'{"max_tokens":"3"}', False), (b'{"max_tokens":[3],"n_predict":{}}', False),
+    ],
+    ids=["a part of a token", "too many", "too deep", "a text", "no number"],
+)  # fmt: skip
+def test_odd_bounds_of_a_response(body, kept):
+    assembly = ResponseAssembly(body)
+    assembly.feed(
+        named("output_text.delta", delta="a", timings={"predicted_n": 2}) + named("completed", response=RESPONSE)
+    )
+    if kept:
+        with pytest.raises(KeptBack):
+            assembly.whole()
+    else:
+        assert assembly.whole()[0] == 200
+
+
+@pytest.mark.parametrize("count", [None, 1.5, "3"])
+def test_odd_timings(count):
+    with pytest.raises(NotWhole):
+        assembled(
+            events(BEGIN, counted(chat({"content": "a"}), 1), CUT_OFF, usage(3) | {"timings": {"predicted_n": count}})
+        )
 
 
 @pytest.mark.parametrize(("tokens", "whole"), [(1, True), (2, False)])

@@ -79,7 +79,7 @@ def last_value(flags: Sequence[str], names: Collection[str]) -> str | None:
 def longest_in(flags: Sequence[str]) -> int | None:
     """How many tokens the flags let an answer have; None when they do not say."""
     written = last_value(flags, LONGEST)
-    return int(written) if written is not None and written.isdecimal() else None
+    return int(written) if written is not None and written.isdecimal() and len(written) < 10 else None
 
 
 def slots_in(flags: Sequence[str]) -> int | None:

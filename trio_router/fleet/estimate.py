@@ -103,8 +103,10 @@ def expected_wait(
         return None
     mean, spread = pace.mean, pace.spread
     alike = 1.0 - spread
-    left = sorted([alike * _left(mean, seconds) + spread * max(mean, OVERDUE * seconds) for seconds in elapsed])
+    left = [alike * _left(mean, seconds) + spread * max(mean, OVERDUE * seconds) for seconds in elapsed]
     left += [mean] * free  # those are for who is ahead
+    soonest = min(left)  # who is overdue for longer is passed by the next one in that slot
+    left = sorted([min(one, soonest + mean) for one in left])
     before = ahead - free
     rounds, place = divmod(before, slots)
     by_slot = left[place] + rounds * mean

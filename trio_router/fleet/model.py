@@ -166,7 +166,10 @@ class Model:
     def idle_in(self) -> float | None:
         """Seconds until all that wait for it are done, and nobody holds a lease; None: not known."""
         scheduler = self.scheduler
-        return 0.0 if scheduler.idle else scheduler.expected_wait(scheduler.waiting + scheduler.slots - 1)
+        if scheduler.idle:
+            return 0.0
+        last = scheduler.expected_wait(scheduler.waiting + scheduler.slots - 1)
+        return None if last is None else max(last, scheduler.drained_in() or 0.0)
 
     @property
     def seen(self) -> Devices:

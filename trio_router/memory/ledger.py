@@ -86,9 +86,8 @@ class _Gone:
         return seen_at <= min(self.ready_at, self.left_at)
 
     def overdue(self, devices: Snapshot, now: float) -> bool:
-        """Whether its memory is waited for no longer: as of the last look, if there was one since and more will come."""
-        looked = devices.seen_at > self.left_at and not devices.stale
-        return (devices.seen_at if looked else now) >= self.left_at + SEEN_SECONDS
+        """Whether its memory is waited for no longer: as of the last look, if more will come."""
+        return (now if devices.stale else devices.seen_at) >= self.left_at + SEEN_SECONDS
 
 
 @attrs.frozen(kw_only=True)

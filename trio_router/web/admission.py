@@ -114,6 +114,7 @@ class Body(msgspec.Struct):
 
 
 _NOTHING: Final = frozenset({b"false", b"null", b"0"})
+_ONE: Final = frozenset({b"1", b"null"})
 
 
 class Talk(Body):
@@ -140,8 +141,8 @@ class Talk(Body):
 
     @property
     def wants_timings(self) -> bool:
-        """Whether it says something of llama-server's `timings_per_token` itself."""
-        return self.timings_per_token is not msgspec.UNSET
+        """Whether it asks for llama-server's `timings_per_token` itself."""
+        return self.timings_per_token is not msgspec.UNSET and bytes(self.timings_per_token) not in _NOTHING
 
     @property
     def wants_progress(self) -> bool:
@@ -164,6 +165,11 @@ class Talk(Body):
         return (self.n, self.n_cmpl) != (msgspec.UNSET, msgspec.UNSET) or (
             self.prompt is not msgspec.UNSET and bytes(memoryview(self.prompt)[:1]) != b'"'
         )
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it asks for more answers than one by their number."""
+        return any(field is not msgspec.UNSET and bytes(field) not in _ONE for field in (self.n, self.n_cmpl))
 
     @property
     def is_cut_out(self) -> bool:

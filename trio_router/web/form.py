@@ -13,6 +13,8 @@ from trio_router.errors import InvalidForm, MissingModel
 FORM_PATHS: Final = frozenset({"/v1/audio/transcriptions", "/audio/transcriptions"})
 MAX_PARTS: Final = 100
 MAX_PART_HEAD_BYTES: Final = 8 * 1024
+MAX_DISPOSITION_BYTES: Final = 256
+"""Of what says that a part is the field `model`. What is longer is a file with a long name; to parse it takes long."""
 MAX_NAME_BYTES: Final = 1024
 """Of a model; no alias has more."""
 MAX_BOUNDARY: Final = 70
@@ -39,7 +41,7 @@ def model_of(form: bytes | bytearray, boundary: bytes, default: str | None = Non
         raise InvalidForm("the form does not begin with its boundary")
     found = default
     at = len(mark)
-    for _ in range(MAX_PARTS):
+    for _ in range(MAX_PARTS + 1):
         if form.startswith(b"--", at):
             if found is None:
                 raise MissingModel("the form has no field `model`", param="model")
@@ -54,7 +56,7 @@ def model_of(form: bytes | bytearray, boundary: bytes, default: str | None = Non
         if end < 0:
             raise InvalidForm("the form ends in the middle of a part")
         if _field(form[at:head_end]) == "model":
-            found = _name(form[begin : min(end, begin + MAX_NAME_BYTES + 1)])
+            found = form[begin : min(end, begin + MAX_NAME_BYTES + 1)].decode("utf-8", "replace")
         at = end + len(LINE) + len(mark)
     raise InvalidForm(f"the form has more than {MAX_PARTS} parts")
 
@@ -63,14 +65,7 @@ def _field(head: bytes | bytearray) -> str | None:
     """Which one a part is; None for a file."""
     for line in head.split(LINE):
         name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-disposition":
+        if name.strip().lower() == b"content-disposition" and len(value) <= MAX_DISPOSITION_BYTES:
             _, options = parse_options_header(value.decode("utf-8", "replace"))
             return None if "filename" in options else options.get("name")
     return None
-
-
-def _name(value: bytes | bytearray) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError as error:
-        raise MissingModel("the form's `model` is not UTF-8", param="model") from error

@@ -82,8 +82,8 @@ class MessageAssembly:
         if self._message is None or self._end is None:  # no first event: llama-server keeps half a character back
             raise NotWhole("the stream lacks its beginning or its end", ever=self._end is None)
         end = self._end
-        self._check_cut(end)
         try:
+            self._check_cut(end)
             blocks = b",".join([block.written() for _, block in sorted(self._blocks.items())])
             usage = raw(self._message["usage"]) | {"output_tokens": end["output_tokens"]}
             stopped = {name: end[name] for name in ("stop_reason", "stop_sequence")}

@@ -74,7 +74,7 @@ class Stoppable:
         """None for a request that is to be sent as it is."""
         if path not in PATHS or talk.is_odd or talk.wants_progress:
             return None
-        if talk.is_several and (stream or path in NATIVE | RESPONSES):
+        if (talk.is_several and (stream or path in NATIVE)) or (talk.is_list and path in RESPONSES):
             return None
         if stream and (path in MESSAGES or (path in RESPONSES and talk.wants_timings)):
             return None
