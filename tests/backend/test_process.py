@@ -13,14 +13,14 @@ import trio
 from tests.backend.peer import descriptors, no_files_left, until
 from tests.harness.processes import command_line, is_alive, memory_bytes, wait_until
 from trio_router.backend.logtail import MAX_LINES
-from trio_router.backend.process import ServerProcess
+from trio_router.backend.process import ServerProcess, is_exiting
 
 pytestmark = pytest.mark.process
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 ROUTER = """
 import os, sys, trio
-from trio_router.backend.process import ServerProcess
+from trio_router.backend.process import ServerProcess, is_exiting
 
 async def main():
     process = ServerProcess.spawn(["/bin/sleep", "1000"], os.environ)
@@ -181,6 +181,24 @@ async def test_what_an_already_dead_leader_forked_goes_too():
         assert is_alive(child)
         assert await process.stop_within() == 1
         await until_gone(child)
+
+
+async def test_one_that_has_begun_to_end():
+    """The first thread is gone, another one not yet: nothing can be waited for."""
+    script = (
+        "import ctypes, platform, threading, time; threading.Thread(target=time.sleep, args=(100,)).start();"
+        "ctypes.CDLL(None).syscall({'x86_64': 60, 'aarch64': 93}[platform.machine()], 0)"
+    )
+    async with running(f'exec {sys.executable} -c "{script}"') as process:
+        await until(lambda: is_exiting(process.pid))
+        assert not process.has_exited()
+    async with running("sleep 100") as process:
+        assert not is_exiting(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        await process.wait()
+        assert is_exiting(process.pid), "not reaped yet"
+        pid = process.pid
+    assert not is_exiting(pid), "nobody's any more"
 
 
 async def test_it_has_a_session_of_its_own():

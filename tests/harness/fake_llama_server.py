@@ -30,6 +30,7 @@ Faults of an answer, as flags (`--fake-stall`) or in a body's `fake` (`"stall": 
   stall                      hold the slot, make no token, send nothing (a stream: nothing after its head)
   status CODE                answer this status with llama-server's error object
   500                        the flag --fake-500: status 500, `Compute error.`
+  die_slowly S               what `die` ends, first closes its sockets, as one with much memory to give back does
   die WHEN                   os._exit: `before_headers`, `after_headers`, `after_first_chunk`
   die_after_chunks N         os._exit after N chunks of a stream
   close_mid_chunk            end the connection inside the second chunk of a stream, or inside a body
@@ -320,6 +321,14 @@ def event(value, name=None):
     return prefix + b"data: " + dumps(value) + b"\n\n"
 
 
+def end_this_thread(*_):
+    """The first one's: the process has begun to end then, but is still there."""
+    import ctypes
+    import platform
+
+    ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)
+
+
 class Server:
     """All of it; a thread for each connection."""
 
@@ -333,6 +342,7 @@ class Server:
         self.told_ready = False
         self.counter = 0
         self.under_way = set()
+        self.sockets = []
         self.tokens = 0
 
     # --- the process ---------------------------------------------------------------------------------
@@ -355,6 +365,7 @@ class Server:
         self.load()
         if not options.fault("--fake-ignore-sigterm"):
             signal.signal(signal.SIGTERM, self.on_sigterm)
+        signal.signal(signal.SIGUSR1, end_this_thread)
         self.ready = True
         self.say("I srv    load_model: model loaded")
         self.recorder.add("ready")
@@ -458,9 +469,26 @@ class Server:
         self.say("I srv    operator(): cleaning up before exit...")
         os._exit(0)
 
+    def end(self, faults):
+        """Die. Slowly: the kernel closes a process's connections before it gives back memory that a device holds."""
+        if "die_slowly" in faults:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+            while b") Z " not in open(f"/proc/{os.getpid()}/stat", "rb").read():  # noqa: SIM115
+                time.sleep(0.001)
+            for sock in self.sockets:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            time.sleep(float(faults["die_slowly"]))
+        os._exit(1)
+
     def accept(self, listener):
+        self.sockets.append(listener)
         while True:
-            sock, _ = listener.accept()
+            try:
+                sock, _ = listener.accept()
+            except OSError:  # `end` was told to
+                return
+            self.sockets.append(sock)
             threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
 
     # --- one connection ------------------------------------------------------------------------------
@@ -627,7 +655,7 @@ class Answer:
         while "hold_until" in faults and not os.path.exists(faults["hold_until"]):
             client.wait(0.005)
         if faults.get("die") == "before_headers":
-            os._exit(1)
+            self.server.end(faults)
         if faults.get("500"):
             return server.error(client, 500, "Compute error.")
         if "status" in faults:
@@ -669,7 +697,7 @@ class Answer:
         headers = [("Content-Type", "application/json; charset=utf-8"), ("Content-Length", str(announced))]
         self.server.head(client, 200, headers, keep=self.keep)
         if faults.get("die") == "after_headers":
-            os._exit(1)
+            self.server.end(faults)
         if faults.get("close_mid_chunk"):
             client.send(body[: len(body) // 2])
             return False
@@ -683,7 +711,7 @@ class Answer:
         headers = [("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"), ("X-Accel-Buffering", "no")]
         self.server.head(client, 200, headers, keep=self.keep)
         if faults.get("die") == "after_headers":
-            os._exit(1)
+            self.server.end(faults)
         if faults.get("stall"):
             client.wait(3600)
         limit = 1 if faults.get("die") == "after_first_chunk" else faults.get("die_after_chunks")
@@ -695,7 +723,7 @@ class Answer:
                 return False
             client.send(b"%x\r\n" % len(data) + data + b"\r\n")
             if limit is not None and number >= int(limit):
-                os._exit(1)
+                self.server.end(faults)
         client.send(b"0\r\n\r\n")
         return self.keep
 

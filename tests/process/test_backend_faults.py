@@ -61,6 +61,26 @@ def test_kill_9_while_it_loads(start_router: StartRouter, record: Record, way: d
     assert waiting.answer().status_code == 200
 
 
+def test_one_that_dies_slowly_takes_nobody_along(
+    start_router: StartRouter, record: Record, way: dict[str, str]
+) -> None:
+    """Its connections are closed, and its memory is given back for seconds before its exit can be waited for."""
+    gate = record.path.with_name("gate")
+    router = start_router(qwen=["-np", "2", *record.flags])
+    killer = router.in_background(
+        "qwen", headers=way, fake={"hold_until": str(gate), "die": "before_headers", "die_slowly": 30, "tag": "killer"}
+    )
+    record.wait_for("started", 1)
+    others = [
+        router.in_background("qwen", headers=way, fake={"tag": str(n), "hold_until": str(gate)}) for n in range(6)
+    ]
+    router.wait_for_status("qwen", queued=5)
+    gate.touch()
+    assert [each.answer().status_code for each in others] == [200] * 6
+    answer = killer.answer()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "backend_crashed")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_kill_9_in_the_middle_of_waiting(
     start_router: StartRouter, record: Record, way: dict[str, str], *, stream: bool

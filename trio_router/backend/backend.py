@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import attrs
 import trio
@@ -13,9 +14,11 @@ from trio_router.backend.client import BackendClient
 from trio_router.backend.connection import BackendLost, Connection
 from trio_router.backend.conversation import Conversation
 from trio_router.backend.logtail import LogTail
+from trio_router.backend.process import is_exiting
 
 COMPUTE_ERROR = b'"message":"Compute error."'
 """As no text of a model can stand in an answer: its quotes would be escaped."""
+ENDING: Final = "its llama-server ended"
 COMPUTE_ERRORS = 3
 """llama-server's decode failed this often without one success between: it is broken, not a request."""
 
@@ -124,6 +127,11 @@ class Backend:
         if self.compute_errors >= COMPUTE_ERRORS:
             self.condemn(f"llama-server answered 'Compute error.' {self.compute_errors} times in a row")
         return False
+
+    def look_for_its_end(self) -> None:
+        """A connection broke: if the process has begun to end, nobody is to wait until that is done."""
+        if self.lost is None and is_exiting(self.pid):
+            self.condemn(ENDING)
 
     def condemn(self, why: str) -> None:
         """Have it replaced."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import attrs
 import structlog
@@ -35,10 +36,26 @@ GUARD = (
 
 TERM_GRACE_SECONDS = 2.0
 KILL_GRACE_SECONDS = 10.0
+EXITING = 0x4
+"""Among the flags of a task in /proc (PF_EXITING, the kernel's include/linux/sched.h)."""
 LAST_LOG_SECONDS = 1.0
 """How long a log pipe is still read once the leader is gone: something it forked may hold it open."""
 
 log = structlog.get_logger("trio_router.backend")
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether a process that was not reaped yet has begun to end, or has ended.
+
+    A killed one closes its connections, then gives back what devices hold of its memory, and only then can its exit be
+    waited for: 0.1 s later with 8 GB on a GPU, 3 s with 24 GB of the host's memory pinned besides (measured on an H200).
+    """
+    try:
+        stat = Path("/proc", str(pid), "stat").read_bytes()
+    except OSError:
+        return False
+    state, *fields = stat.rpartition(b")")[2].split()
+    return state in {b"Z", b"X"} or bool(int(fields[5]) & EXITING)
 
 
 @attrs.define(eq=False)

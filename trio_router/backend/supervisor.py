@@ -35,7 +35,7 @@ import structlog
 import trio
 
 from trio_router.backend.address import Address
-from trio_router.backend.backend import Backend
+from trio_router.backend.backend import ENDING, Backend
 from trio_router.backend.client import NoAnswer, NoFiles, backend_client
 from trio_router.backend.ending import Ending, describe_exit
 from trio_router.backend.health import Health, expire_silent, until_ready, watch
@@ -311,7 +311,7 @@ class Supervisor:
         spawned = self.loading_since = trio.current_time()
         self.weighing.spawned(process)
         why: str | None = None
-        timed_out = False
+        timed_out = ending = False
         try:
             async with trio.open_nursery() as logs:
                 logs.start_soon(process.read_log_until_stopped, self.model.alias)
@@ -332,9 +332,10 @@ class Supervisor:
                         timed_out = self.backend is None
                         life.cancel_scope.cancel()
                 finally:
-                    exited = process.has_exited()
+                    ending = why == ENDING  # by itself; what with, is known when it has
+                    exited = ending or process.has_exited()
                     if self.backend is not None:
-                        self.backend.lose(why or "its llama-server ended")
+                        self.backend.lose(why or ENDING)
                         self.gate.closed(self.backend)
                     # one that is condemned is not asked: it does not answer
                     condemned = why is not None and self.backend is not None
@@ -343,6 +344,7 @@ class Supervisor:
                     self.weighing.stopped()
                     address.remove()
         finally:
+            why = None if ending else why
             was_ready, self.backend = self.ready_at is not None, None
             self.pid = self.loading_since = None
             kind = self._tell_exit(exited=exited, unhealthy=why is not None, code=code)

@@ -32,7 +32,7 @@ from trio_router.fleet.scheduler import Lease
 from trio_router.fleet.ticket import Ticket
 
 DEATH_SECONDS = 0.25
-"""How long a broken connection may precede the exit of the process that held it."""
+"""How long a broken connection may precede the first sign that the process that held it has begun to end."""
 MAX_DEATHS = 2
 
 log = structlog.get_logger("trio_router.fleet")
@@ -69,6 +69,7 @@ async def dispatch(
                 _queue_again(ticket)
                 log.info("queued again", id=request_id, model=ticket.alias, error="a high request has its slot")
                 continue
+            backend.look_for_its_end()
             try:
                 with trio.move_on_after(DEATH_SECONDS):
                     await backend.gone.wait()
