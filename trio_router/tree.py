@@ -25,7 +25,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import suppress
 from functools import partial
 from typing import TextIO, cast
@@ -140,9 +140,7 @@ async def serve(
     events.request_sinks += [] if requests is None else [requests]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
-    reloader = Reloader(
-        read=read, registry=registry, admission=admission, stop=partial(os.kill, os.getpid(), signal.SIGTERM)
-    )
+    reloader = Reloader(read=read, registry=registry, admission=admission)
     waiting_streams = WaitingStreams()
     under_way: set[Exchange] = set()
     app = create_app(
@@ -163,8 +161,7 @@ async def serve(
         # no traceback: the sentence says all
         log.error("cannot listen", host=config.api.host, port=config.api.port, error=str(error))  # noqa: TRY400
         return 1
-    for number in SIGNALS:  # what comes when nobody heeds them any more is not to cut the end short
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as root:
             await root.start(events.run)
@@ -195,11 +192,18 @@ async def serve(
             spare_the_collector()
             registry.enter("ready")
             announce(config, bound_port(sockets))
-            stop = partial(drain_and_stop, root.cancel_scope, registry, plane.in_flight, under_way)
-            root.start_soon(heed_signals, signals, root.cancel_scope, registry, reloader, stop)
+            root.start_soon(heed_signals, signals, root.cancel_scope, reloader)
+            await reloader.stop.wait()  # a command may be repeated, and be followed by a signal
+            await drain_and_stop(root.cancel_scope, registry, plane.in_flight, under_way)
     events.settle()
     log.info("stopped")
     return 0
+
+
+def ignore_signals() -> None:
+    """What comes when nobody heeds them any more is not to cut the end short."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def spare_the_collector() -> None:
@@ -224,25 +228,21 @@ def announce(config: RouterConfig, port: int) -> None:
     Output.of(sys.stdout).write(f"trio-router listens on http://{host}:{port}\n")
 
 
-async def heed_signals(
-    signals: AsyncIterator[int],
-    root: trio.CancelScope,
-    registry: Registry,
-    reloader: Reloader,
-    stop: Callable[[], Awaitable[None]],
-) -> None:
+async def heed_signals(signals: AsyncIterator[int], root: trio.CancelScope, reloader: Reloader) -> None:
     """SIGHUP reads the configuration again. The first of the others drains and then stops; another stops at once."""
+    heeded = False
     async with trio.open_nursery() as nursery:
         async for number in signals:
             if number == signal.SIGHUP:
                 nursery.start_soon(reloader.reload_by_signal)
-            elif registry.draining:
+            elif heeded:
                 log.warning("stopping at once", signal=signal.Signals(number).name)
                 root.cancel()
                 return
             else:
+                heeded = True
                 log.info("draining", signal=signal.Signals(number).name)
-                nursery.start_soon(stop)
+                reloader.stop.set()
 
 
 async def drain_and_stop(

@@ -79,6 +79,23 @@ def test_drain(start_router: StartRouter, record: Record, way: str) -> None:
     assert "queued" not in record.tags("received")
 
 
+def test_a_command_to_drain_may_be_repeated_and_be_followed_by_a_signal(
+    start_router: StartRouter, record: Record
+) -> None:
+    gate = record.path.with_name("gate")
+    router = start_router(qwen=record.flags)
+    running = router.in_background("qwen", fake={"hold_until": str(gate)})
+    record.wait_for("started")
+    for _ in range(3):
+        assert router.post("/v1/router/drain", {}).status_code == 200
+        wait_until(lambda: router.get("/v1/models/status").json()["server"]["status"] == "draining")
+    router.terminate()  # as systemd or Kubernetes do after a hook that drains
+    wait_until(lambda: "signal=SIGTERM" in router.stderr)
+    gate.touch()
+    assert running.answer().status_code == 200
+    assert router.wait() == 0
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_drain_is_bounded(start_router: StartRouter, record: Record, way: str) -> None:
     router = start_router(qwen=record.flags, system={"drain_timeout_sec": 0.5})

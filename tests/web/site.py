@@ -204,7 +204,7 @@ def wiring(config: RouterConfig, events: Events) -> tuple[Registry, Connections]
     events.request_sinks += [registry.learn, summary.requests, metrics.requests, keys]
     streams = Streams.of(registry, events, partial(metrics_snapshot, registry, devices, summary))
     admission = Admission(config.api, config.keys)
-    reloader = Reloader(read=lambda: config, registry=registry, admission=admission, stop=lambda: None)
+    reloader = Reloader(read=lambda: config, registry=registry, admission=admission)
     waiting_streams = WaitingStreams()
     under_way: set[Exchange] = set()
     app = create_app(

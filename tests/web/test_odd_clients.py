@@ -116,6 +116,29 @@ async def test_empty_lines_before_a_request_are_nothing(sockets, empty):
         assert (await client.hear()).status == 200
 
 
+async def test_many_empty_lines_before_a_request(sockets):
+    async with open_site(sockets, Server()) as site:
+        for head in (request("POST", CHAT, [], BODY), LIVE):
+            async with site.client() as client:
+                await client.say(b"\r\n" * 30_000 + head)
+                assert (await client.hear()).status == 200
+            async with site.client() as client:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await client.say(b"\r\n" * 40_000 + head)
+                assert (await client.hear()).code == (400, "bad_request")
+                assert await client.ended() == b""
+
+
+@pytest.mark.parametrize("at", range(30, 45))
+async def test_a_bare_line_feed_is_seen_wherever_a_head_was_torn(sockets, at):
+    head = b"POST %b HTTP/1.1\r\nHost: a\nb" % CHAT.encode()
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        for piece in (head[:at], head[at:]):
+            await client.say(piece)
+            await trio.testing.wait_all_tasks_blocked()
+        assert (await client.hear()).code == (400, "bad_request")
+
+
 @pytest.mark.parametrize("rest", [b"x", b"\r\n", b"GET /livez HTTP/1.1\r\n\r\n", b"\0" * 100_000])
 @pytest.mark.parametrize("line", [b"HTTP/1.1\r\nConnection: close", b"HTTP/1.0"])
 @pytest.mark.parametrize("chunked", [False, True])

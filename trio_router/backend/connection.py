@@ -271,7 +271,8 @@ class Connection:
             await Pump.here().attend(self._sock, ready, self._attended)
         except (OSError, trio.ClosedResourceError):
             self.close()
-        self._waiting, self._quiet_since = False, None
+        finally:  # also when `pass_on` raises: nobody waits for an answer that has no client any more
+            self._waiting, self._quiet_since = False, None
 
     def _attended(self, attention: Attention | None) -> None:
         self._attention = attention

@@ -11,6 +11,7 @@ body, anything `web.head` does not match) is handed to Hypercorn with every byte
 """
 
 import json
+import re
 import socket
 from functools import partial
 from typing import Final
@@ -48,8 +49,8 @@ LINGER_BYTES: Final = 4 * 1024 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"
 BLANK: Final = ord(" ")
 """No method begins with this or a lesser byte; a TLS handshake does."""
-EMPTY_LINE: Final = b"\r\n"
-"""Before a request it is nothing: there are clients that end a body with one (RFC 9112 section 2.2)."""
+EMPTY_LINES: Final = re.compile(rb"(?:\r\n)+")
+"""Before a request they are nothing: there are clients that end a body with one (RFC 9112 section 2.2)."""
 REASONS: Final = {200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found"}
 
 
@@ -88,9 +89,6 @@ class DataPlane:
                 else:
                     head = read_head(raw)
                     if head is None:
-                        if raw.startswith(EMPTY_LINE):
-                            client.received = raw[len(EMPTY_LINE) :] + client.received
-                            continue
                         try:
                             check_head(raw)
                         except HeadRefused as error:
@@ -113,25 +111,29 @@ class DataPlane:
 
         `answered` says that the client has just been sent an answer: what it asks next is still on its way.
         """
-        searched = 0
+        searched = dropped = 0
         client.asking, client.asking_since = True, None
         while True:
             received = client.received
+            if (empty := EMPTY_LINES.match(received)) is not None:
+                dropped += empty.end()
+                received = client.received = received[empty.end() :]
+                searched = 0
+                if dropped > MAX_HEAD_BYTES:
+                    client.asking = False
+                    return b""
             end = received.find(END, max(0, searched - len(END)))
             if end >= 0:
                 client.asking = False
                 client.received = received[end + len(END) :]
                 return received[: end + len(END)]
-            if received.startswith(EMPTY_LINE):
-                client.received = received[len(EMPTY_LINE) :]
-                continue
-            searched = len(received)
+            fresh, searched = max(0, searched - 1), len(received)
             # nothing to gain from waiting for the rest: it cannot become a head, or not one of HTTP/1
             if searched and (
                 searched >= MAX_HEAD_BYTES
-                or (received[0] <= BLANK and received != EMPTY_LINE[:1])
+                or (received[0] <= BLANK and received != b"\r")
                 or received.startswith(HTTP2)
-                or BARE_LINE_FEED.search(received)
+                or BARE_LINE_FEED.search(received, fresh)
             ):
                 client.asking = False
                 client.received = b""

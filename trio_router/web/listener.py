@@ -161,7 +161,12 @@ class Connections:
 
     async def serve(self, sock: socket.socket) -> None:
         """One connection, from its first byte to its last. `sock` is non-blocking."""
-        client = ClientSocket(sock, self.hangups)
+        try:
+            client = ClientSocket(sock, self.hangups)
+        except (OSError, ValueError) as error:  # ValueError: nobody watches any more, we are at the end
+            log.debug("connection not taken", error=str(error))
+            sock.close()
+            return
         self.open.add(client)
         try:
             rest = await self.plane.serve(client)
@@ -177,7 +182,12 @@ class Connections:
 
     async def _give_to_hypercorn(self, client: ClientSocket, rest: bytes) -> None:
         sock = trio.socket.from_stdlib_socket(client.give_away())
-        stream = ClientStream(trio.SocketStream(sock), self.hangups, rest)
+        self.open.discard(client)
+        try:
+            stream = ClientStream(trio.SocketStream(sock), self.hangups, rest)
+        except BaseException:
+            sock.close()
+            raise
         self.open.add(stream)
         try:
             # it asks of its stream what ClientStream has

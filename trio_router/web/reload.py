@@ -35,8 +35,8 @@ class Reloader:
     """Reads it; blocks. Raises ConfigError."""
     registry: Registry
     admission: Admission
-    stop: Callable[[], None]
-    """Has the router finish what runs, and stop."""
+    stop: trio.Event = attrs.field(factory=trio.Event)
+    """Set to have the router finish what runs, and stop; any number of times."""
     told: list[Callable[[Changes], None]] = attrs.field(factory=list)
     """Called once all others go by it."""
     _turn: trio.Lock = attrs.field(factory=trio.Lock)
@@ -97,7 +97,7 @@ def add_routes(app: QuartTrio, reloader: Reloader) -> None:
 
     @app.post("/v1/router/drain")
     async def drain() -> Response:
-        reloader.stop()
+        reloader.stop.set()
         return json_response({"status": "success", "message": "the router finishes what runs, and stops"})
 
     @app.post("/v1/config/reload")
