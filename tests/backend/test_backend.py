@@ -9,7 +9,7 @@ from tests.backend.peer import answer, listening, read_request, until
 from trio_router.backend.address import Address
 from trio_router.backend.backend import Backend
 from trio_router.backend.client import BackendClient
-from trio_router.backend.connection import BackendLost
+from trio_router.backend.connection import BackendLost, Connection
 from trio_router.backend.logtail import LogTail
 
 REQUEST = b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
@@ -66,6 +66,25 @@ async def test_a_connection_that_was_cut_off_is_replaced(sockets):
         slot.disconnect()
         slot.disconnect()
         assert slot.connection is None
+
+
+async def test_a_connection_that_is_cut_off_while_it_is_made_is_none(sockets, monkeypatch):
+    async with listening(sockets / "a.sock", polite) as address:
+        (slot,) = backend_at(address, 1).slots
+        connect = Connection.open
+
+        async def late(address: Address) -> Connection:
+            connection = await connect(address)
+            slot.disconnect()
+            return connection
+
+        monkeypatch.setattr(Connection, "open", late)
+        with pytest.raises(BackendLost, match="while it was made"):
+            await slot.connect()
+        assert slot.connection is None
+        monkeypatch.undo()
+        await use(slot)
+        slot.disconnect()
 
 
 async def test_a_backend_that_cannot_be_reached_leaves_no_connection(sockets):

@@ -117,6 +117,7 @@ async def test_an_error_in_what_is_called_is_the_callers():
 
         with trio.fail_after(5), pytest.raises(ZeroDivisionError):
             await connection.stream(fails)
+        assert not connection.awaited, "nobody waits for the backend any more"
 
 
 async def test_many_take_turns_with_other_tasks():

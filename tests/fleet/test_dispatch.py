@@ -399,6 +399,21 @@ async def test_cancelled_while_it_is_not_known_whether_the_backend_lives(
         await fleet.ask("a")
 
 
+async def test_refused_while_it_is_not_known_whether_the_backend_lives(
+    servers: FakeServers, autojump_clock: MockClock
+) -> None:
+    async with ready(servers) as fleet:
+        ticket = fleet.registry.ticket("a", NORMAL)
+
+        async def is_refused(slot: Slot) -> str:
+            servers.alive[slot.backend.alias].die()
+            fleet["a"].scheduler.withdraw(ticket, ShuttingDown("no more"))
+            raise BackendLost(BROKE)
+
+        with pytest.raises(ShuttingDown, match="no more"):
+            await dispatch(fleet.registry, ticket, Request(fleet, [is_refused]).attempt)
+
+
 async def test_cancelled_when_it_is_queued_again(servers: FakeServers, autojump_clock: MockClock) -> None:
     async with ready(servers) as fleet:
         await cancelled_after(1.5, Request(fleet, [dies(fleet)]))

@@ -672,6 +672,29 @@ async def test_whoever_comes_while_one_waits_to_be_alone_waits_too(
     assert clients.record[3:] == ["11 alone"]
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_replicas_serve_the_rest_beside_who_is_alone(
+    nursery: trio.Nursery, autojump_clock: MockClock, *, leaves: bool
+) -> None:
+    leader, follower = scheduler_of(1), scheduler_of(2)
+    follower.leader = leader
+    leader.followers.append(follower)
+    clients = Clients(leader, nursery)
+    for name, seconds in (("one", 1), ("two", 3), ("three", 1)):
+        await clients.come(name, seconds=seconds)
+    assert (leader.active, follower.active) == (1, 2)
+    await clients.come("alone", alone=True, seconds=50, patience=2 if leaves else math.inf)
+    for name in ("four", "five"):
+        await clients.come(name, seconds=1)
+    await trio.sleep(10)
+    served = sorted(line for line in clients.record if "four" in line or "five" in line)
+    when = 2 if leaves else max(int(line.split()[0]) for line in clients.record if "alone" in line)
+    assert served == [f"{when} five", f"{when} four"], clients.record
+    await trio.sleep(100)
+    follower.close()
+    assert left_idle(leader)
+
+
 async def test_alone_at_once(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     scheduler = scheduler_of(3)
     clients = Clients(scheduler, nursery)

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import trio
@@ -9,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_router.web.client_stream import ClientStream
 from trio_router.web.hangup import Hangups
+from trio_router.web.listener import Connections
 
 
 @pytest.fixture
@@ -44,3 +46,14 @@ async def test_who_lingers_reads_alone(sockets: tuple[socket.socket, socket.sock
     assert got == [b""]
     assert await stream.receive_some() == b"", "and so is who comes later"
     stream.abort()
+
+
+async def test_a_connection_that_comes_when_nobody_watches_any_more():
+    """In the tick in which the router ends: it is closed, and nothing is raised."""
+    connections = Connections(app=cast(Any, None), plane=cast(Any, None))
+    connections.hangups._epoll.close()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        await connections.serve(ours)
+        assert theirs.recv(1) == b""
+    assert not connections.open

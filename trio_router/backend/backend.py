@@ -34,23 +34,31 @@ class Slot:
     """Trio time at which it was leased last."""
     holds: Conversation | None = None
     """What it was given last, if that is known."""
+    _cuts: int = 0
+    """How often it was told to disconnect: a connection that is still being made has to know."""
 
     async def connect(self) -> Connection:
         """A connection that can carry a request: the kept one if it still can. Raises BackendLost."""
         if self.connection is not None and self.connection.reusable:
             return self.connection
         self.disconnect()
+        cuts = self._cuts
         try:
-            self.connection = await Connection.open(self.backend.address)
+            connection = await Connection.open(self.backend.address)
         except BackendLost:
             if self.backend.address.is_gone:
                 self.backend.condemn("its socket was removed")
             raise
+        if self._cuts != cuts:
+            connection.close()
+            raise BackendLost("the connection was ended while it was made")
+        self.connection = connection
         self.connection.patience_seconds = self.backend.patience_seconds
         return self.connection
 
     def disconnect(self) -> None:
-        """Close the connection; a request that is running on it gets a BackendLost."""
+        """Close the connection; a request that is running on it, or that connects, gets a BackendLost."""
+        self._cuts += 1
         if self.connection is not None:
             self.connection.close()
             self.connection = None

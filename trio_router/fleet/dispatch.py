@@ -92,7 +92,9 @@ async def dispatch(
 
 
 def _queue_again(ticket: Ticket) -> None:
-    """Have it wait at its old place, for what was left of its time when it got its slot."""
+    """Have it wait at its old place, for what was left of its time when it got its slot. Raises what it was told meanwhile."""
+    if ticket.refusal is not None:
+        raise ticket.refusal
     ticket.requeued, ticket.yielded = True, False
     if ticket.granted_at is not None:
         ticket.deadline = min(ticket.due, ticket.deadline + trio.current_time() - ticket.granted_at)

@@ -292,15 +292,23 @@ class Scheduler:
         if self._aside and self._alone is None and not self.paused:
             self._take_back()
             self._dispatch()
+        if waiter.ticket.alone:
+            self._have_others_dispatch()
+
+    def _have_others_dispatch(self) -> None:
+        """Who is to be alone, and is for our own slots only, is first in the queue no more."""
+        for follower in self.followers:
+            follower._dispatch()  # noqa: SLF001  (another of us)
 
     def withdraw(self, ticket: Ticket, error: RouterError) -> None:
-        """Tell whoever waits with `ticket`, if somebody does, `error`."""
+        """Tell whoever waits with `ticket` `error`: now, or when it is to wait again."""
         for rank in self._ranks.values():
             for waiter in rank.all():
                 if waiter.ticket is ticket:
                     self._left(waiter)
                     trio.lowlevel.reschedule(waiter.task, outcome.Error(error))
                     return
+        ticket.refusal = error
 
     # --- backends ---------------------------------------------------------------------------------
 
@@ -449,3 +457,5 @@ class Scheduler:
             rank.now = max(rank.now, waiter.ticket.turn)
             queue._dequeue(waiter)  # noqa: SLF001  (another of us)
             trio.lowlevel.reschedule(waiter.task, outcome.Value(self._grant(waiter.ticket, self._take(waiter.ticket))))
+            if waiter.ticket.alone:
+                self._have_others_dispatch()

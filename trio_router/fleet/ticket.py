@@ -7,6 +7,7 @@ from collections.abc import Callable
 import attrs
 
 from trio_router.backend.conversation import Conversation
+from trio_router.errors import RouterError
 from trio_router.fleet.turns import Head
 
 
@@ -58,6 +59,8 @@ class Ticket:
     """Whether it gives its slot to a high one: not once its answer has begun."""
     yielded: bool = False
     """Whether it has been told to."""
+    refusal: RouterError | None = None
+    """Why it is not to wait again."""
     waits: Callable[[], None] | None = None
     """Called when there is no slot for it at once; again if it lost the one it got."""
     expected_seconds: float | None = None

@@ -124,6 +124,8 @@ class Outgoing:
             answer = await connection.receive_head()
             return await begun(connection, answer, stoppable)
         except NotWhole as error:
+            if slot.connection is None:  # somebody else ended it just now, for a reason that holds
+                raise self.refusal or BackendLost("the connection was ended") from error
             if stoppable is not None:
                 self.stoppable = stoppable.otherwise(slot.backend, error)
                 if error.ever:
