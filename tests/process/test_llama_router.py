@@ -172,6 +172,15 @@ def test_a_default_model(start_router: StartRouter, changed: dict[str, Any], hea
     assert (values(router)["one"], values(router)["two"]) == ("unloaded", "loaded")
 
 
+def test_a_key_is_not_told_of_a_default_model_that_it_may_not_ask(start_router: StartRouter) -> None:
+    keys = [{"name": "app", "key": "sk-app", "models": ["one"]}, {"name": "all", "key": "sk-all"}]
+    router = start_router(models={"one": [], "two": []}, system={"default_model": "two"}, keys=keys)
+    one, every = ({"Authorization": f"Bearer {key}"} for key in ("sk-app", "sk-all"))
+    assert httpx.post(f"{router.url}/v1/chat/completions", json=chat_body("two"), headers=every).is_success
+    assert httpx.get(f"{router.url}/props", headers=every).json()["model_alias"] == "two"
+    assert httpx.get(f"{router.url}/props", headers=one).json()["model_alias"] == "trio-router"
+
+
 COMMANDS = ["/slots/0?action=save", "/slots/0?action=erase", "/lora-adapters", "/props"]
 
 

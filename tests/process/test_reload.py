@@ -168,6 +168,18 @@ def test_what_needs_another_start_is_told(start_router: StartRouter) -> None:
     assert router.status("a")["port"] is None
 
 
+def test_a_model_on_a_gpu_that_needs_another_start(start_router: StartRouter) -> None:
+    router = start_router(a=[], system={"gpu_devices": []})
+    text = router.config_path.read_text()
+    rewrite(router, "gpu_devices = []", "gpu_devices = [1]")
+    line = next(line for line in text.splitlines() if line.startswith("model_path"))
+    rewrite(router, line, f"{line}\ngpu = 1")
+    answer = router.post("/v1/config/reload")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_config")
+    assert "models.a.gpu: GPU 1" in answer.json()["error"]["message"]
+    assert router.chat("a").status_code == 200
+
+
 def test_readers_of_the_status_stream_are_told(start_router: StartRouter) -> None:
     router = start_router(a=[])
     with router.client() as client, client.stream("GET", "/v1/models/status/stream") as stream:

@@ -17,6 +17,7 @@ from trio_router.telemetry.events import (
     LoadResult,
     ModelChanged,
     Outcome,
+    Reloaded,
     RequestFinished,
     ServerChanged,
     Unloaded,
@@ -192,6 +193,16 @@ async def test_no_label_is_what_a_client_typed(metrics: Metrics) -> None:
         ("router_requests_total", "endpoint=other", "model=unknown", "outcome=ok", "status=success"): 4,
         ("router_requests_total", f"endpoint={CHAT}", "model=qwen", "outcome=ok", "status=success"): 1,
     }
+
+
+async def test_a_model_that_is_added_again_is_known_again(metrics: Metrics) -> None:
+    metrics(Reloaded(aliases=("with/slash",)))
+    metrics.requests([finished()])
+    metrics(Reloaded(aliases=("qwen", "with/slash")))
+    metrics.requests([finished()])
+    told = await values(metrics)
+    for name in ("qwen", "unknown"):
+        assert told["router_requests_total", f"endpoint={CHAT}", f"model={name}", "outcome=ok", "status=success"] == 1
 
 
 async def test_rare_counters_begin_at_zero(metrics: Metrics) -> None:

@@ -37,6 +37,13 @@ def test_requests_and_loads_come_back_as_they_were() -> None:
     assert unload == TracedLoad(at=unload.at, model="a", seconds=0.25, kind="unload")
 
 
+def test_numbers_that_nobody_can_have_meant() -> None:
+    kept = Trace()
+    kept.requests([ended(input_tokens=2**32 - 1, output_tokens=10**14)])
+    (request,) = read(kept)
+    assert request.input_tokens == request.output_tokens == 2**32 - 2
+
+
 def test_clients_can_be_told_apart_and_not_be_known() -> None:
     kept, other = Trace(), Trace()
     for each in (kept, other):

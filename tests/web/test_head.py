@@ -1,5 +1,7 @@
 """Which heads the data plane takes, held against the parser of the other way in; and what is said of the others."""
 
+import contextlib
+
 import h11
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from trio_router.errors import HeadRefused
 from trio_router.web.head import END, MAX_HEAD_BYTES, check_head, read_head
+from trio_router.web.protocols import Parser
 
 PLAIN = b"POST /v1/chat/completions?x=1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12\r\n\r\n"
 
@@ -76,6 +79,36 @@ HOST, LENGTH = b"Host: h", b"Content-Length: 2"
 )
 def test_what_is_odd_is_not_taken(raw):
     assert read_head(raw) is None
+
+
+@pytest.mark.timeout(20)  # what grows with the square of the blanks takes minutes for these
+@pytest.mark.parametrize("last", [b"\0", b"\1", b"\r", b"\n", b"\x0b", b"\x7f", b"\xff", b"a"])
+@pytest.mark.parametrize("blank", [b" ", b"\t", b" \t", b"a "])
+def test_blanks_cost_nobody_time(blank, last):
+    many = blank * (60_000 // len(blank)) + last
+    raw = plain(HOST, b"Content-Length: 2", b"X:" + many)
+    for read in (read_head, check_head, parsed):
+        with contextlib.suppress(HeadRefused, h11.RemoteProtocolError):
+            read(raw)
+    chunked = plain(HOST, b"Transfer-Encoding: chunked")
+    for body in (b"1;" + many + b"\r\n", b"1;" + many[-4000:] + b"\r\na\r\n0\r\nX:" + many + b"\r\n\r\n"):
+        with contextlib.suppress(HeadRefused, h11.RemoteProtocolError):
+            parsed(chunked + body)
+
+
+def parsed(raw):
+    parser = Parser(4 * MAX_HEAD_BYTES)
+    parser.receive_data(raw)
+    while isinstance(parser.next_event(), h11.Event):
+        pass
+
+
+def test_a_line_before_a_chunk():
+    head = plain(HOST, b"Transfer-Encoding: chunked")
+    parsed(head + b"1;x=" + b"y" * 4000 + b" \r\na\r\n0\r\n\r\n")
+    for line in (b"1;" + b"y" * 5000 + b"\r\n", b"1;" + b"y" * 5000, b"1;\n\r\n", b"1;\0\r\n", b"1\r2\r\n"):
+        with pytest.raises(h11.RemoteProtocolError, match="before a chunk"):
+            parsed(head + line)
 
 
 names = st.sampled_from([b"Host", b"Content-Length", b"Connection", b"Transfer-Encoding", b"X-A", b"x b", b"", b"X\t"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tracemalloc
 
 import pytest
 import structlog.testing
@@ -114,6 +115,19 @@ async def test_empty_lines_before_a_request_are_nothing(sockets, empty):
             await client.say(bytes([byte]))
             await trio.testing.wait_all_tasks_blocked()
         assert (await client.hear()).status == 200
+
+
+@pytest.mark.parametrize("there", [0, 1, 1_000_000, 1_500_000])
+async def test_what_is_only_announced_takes_no_memory(sockets, there):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        tracemalloc.start()
+        try:
+            head = request("POST", CHAT, [("Content-Length", "60000000")])
+            await client.say(head + b" " * there)
+            await trio.testing.wait_all_tasks_blocked()
+            assert tracemalloc.get_traced_memory()[0] < 5_000_000
+        finally:
+            tracemalloc.stop()
 
 
 async def test_many_empty_lines_before_a_request(sockets):

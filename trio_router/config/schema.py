@@ -47,7 +47,7 @@ class ApiConfig:
     """Exact origins a browser may call from."""
     allowed_hosts: tuple[str, ...] | None = attrs.field(default=None, validator=Each(_HOST))
     """`Host` values accepted, without port; None: loopback names and `host`. `*` accepts any."""
-    max_body_mb: int = attrs.field(default=64, validator=Within(minimum=1))
+    max_body_mb: int = attrs.field(default=64, validator=Within(minimum=1, maximum=16_384))
     """Largest request body, MiB."""
     key: str | None = attrs.field(default=None, repr=False, metadata=DERIVED, validator=_KEY)
     """From the environment's API_KEY, never from the file."""
@@ -88,7 +88,7 @@ class SystemConfig:
     """How long running requests may go on after SIGTERM or an eject."""
     gpu_devices: tuple[int, ...] = attrs.field(default=(0,), validator=Each(Within(minimum=0), distinct=True))
     """NVML indices models may be placed on; empty: CPU only."""
-    default_parallel: int = attrs.field(default=1, validator=Within(minimum=1))
+    default_parallel: int = attrs.field(default=1, validator=Within(minimum=1, maximum=999_999))
     """Slots of a model whose flags have no `--parallel`."""
     max_queue_size_per_model: int = attrs.field(default=500, validator=Within(minimum=0))
     """Waiting requests per model; one more gets 503."""
@@ -147,7 +147,7 @@ class ModelConfig:
     """For llama-server, unchanged."""
     keepalive: bool = True
     """Whether streams that wait for it begin with comments."""
-    replicas: int = attrs.field(default=1, validator=Within(minimum=1))
+    replicas: int = attrs.field(default=1, validator=Within(minimum=1, maximum=64))
     """How many llama-servers may serve its queue, each of which counts as a model in memory."""
     vram_mb: int | None = attrs.field(default=None, validator=attrs.validators.optional(Within(minimum=1)))
     """What it takes of a GPU's memory, MiB; None: that is found out. A measured load is believed before this."""

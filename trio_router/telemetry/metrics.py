@@ -143,6 +143,7 @@ class Metrics:
                 self._restarts(self._model(event.alias)).inc()
             case Reloaded(aliases=aliases):
                 self._aliases = frozenset(aliases)
+                self._kinds.clear()  # what was unknown may be known now
                 self._begin(aliases)
             case _:  # a change of state: gauges show it
                 pass

@@ -71,6 +71,10 @@ class TracedLoad:
         return {"kind": self.kind, "at": round(self.at, 6), "model": self.model, "seconds": _rounded(self.seconds)}
 
 
+def _packed(tokens: int | None) -> int:
+    return _NONE if tokens is None else min(tokens, _NONE - 1)
+
+
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 6)
 
@@ -108,8 +112,8 @@ class Trace:
                     number & 0xFFFF,
                     _PRIORITIES.index(event.priority),
                     self._client(event.client or ""),
-                    _NONE if event.input_tokens is None else event.input_tokens,
-                    _NONE if event.output_tokens is None else event.output_tokens,
+                    _packed(event.input_tokens),
+                    _packed(event.output_tokens),
                     event.status,
                 )
             )

@@ -46,6 +46,9 @@ HEAD_SECONDS: Final = 30.0
 WRITE_STALL_SECONDS: Final = 60.0
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
+FIRST_BYTES: Final = 1024 * 1024
+MOST_BYTES: Final = 4 * 1024 * 1024
+"""How much room a body is given before any of it came, and at once later."""
 LAST_CHUNK: Final = b"0\r\n\r\n"
 BLANK: Final = ord(" ")
 """No method begins with this or a lesser byte; a TLS handshake does."""
@@ -273,17 +276,22 @@ class DataPlane:
         if len(received) >= length:
             client.received = received[length:]
             return received[:length]
-        whole = bytearray(length)
         have = len(received)
+        whole = bytearray(min(length, max(FIRST_BYTES, have)))
         whole[:have] = received
         client.received = b""
         began = trio.current_time()
-        with trio.CancelScope(deadline=due(began, 0)) as patience, memoryview(whole) as view:
+        with trio.CancelScope(deadline=due(began, 0)) as patience:
 
             def came(count: int) -> None:
-                patience.deadline = due(began, count)
+                patience.deadline = due(began, have + count)
 
-            await client.receive_into(view[have:], came)
+            while have < length:
+                if have == len(whole):  # as much as has come, again: what was only announced takes no memory
+                    whole += bytes(min(have, MOST_BYTES, length - have))
+                with memoryview(whole) as view:
+                    await client.receive_into(view[have:], came)
+                have = len(whole)
         if patience.cancelled_caught:
             raise RequestTimeout(TOO_SLOW)
         return whole

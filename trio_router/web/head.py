@@ -23,8 +23,9 @@ END: Final = b"\r\n\r\n"
 HTTP2: Final = b"PRI * HTTP/2.0"
 """What a client that knows HTTP/2 to be spoken here begins with (RFC 9113 section 3.4)."""
 BARE_LINE_FEED: Final = re.compile(rb"(?:^|[^\r])\n")
-_CONTROL: Final = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]")
-"""In a head; h11 has its own word for a NUL."""
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
+"""In a head. Looked for before h11 sees it, whose expressions take time that grows with the square of the blanks before one."""
+MAX_CHUNK_LINE_BYTES: Final = 4096
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 _FOLDED: Final = re.compile(rb"\r\n[ \t]")
 _CHUNKS: Final = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
@@ -35,8 +36,9 @@ METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 TARGET: Final = re.compile(rb"[!-~]+")
 CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 """What no value of a header holds (RFC 9110 section 5.5)."""
-_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?[ \t]*\r\n"
-_HEAD: Final = re.compile(rb"POST (/[!-\"$-~]*) HTTP/1\.1\r\n((?:" + _LINE + rb")+)\r\n")
+_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[ \t]*+(?:[!-~\x80-\xff]++(?:[ \t]++[!-~\x80-\xff]++)*+)?+[ \t]*+\r\n"
+"""Possessive: where it does not match it says so at once."""
+_HEAD: Final = re.compile(rb"POST (/[!-\"$-~]*) HTTP/1\.1\r\n((?:" + _LINE + rb")++)\r\n")
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
 _ODD: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"te", b"trailer", b"http2-settings"})
 """Headers that ask for more than the plain case: Hypercorn knows them."""
@@ -131,6 +133,14 @@ class StrictBuffer(ReceiveBuffer):
     def clear(self) -> None:
         """Drop all of it."""
         self._extract(len(self))
+
+    def maybe_extract_next_line(self) -> bytearray | None:
+        """The line that says how large a chunk is, None: it is not there yet."""
+        line: bytearray | None = super().maybe_extract_next_line()
+        said = self if line is None else line
+        if len(said) > MAX_CHUNK_LINE_BYTES or (line and (_CONTROL.search(line) or BARE_LINE_FEED.search(line))):
+            raise h11.RemoteProtocolError("the line before a chunk is too long, or has a control character")
+        return line
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
         """The lines up to an empty one, None: it is not there yet."""

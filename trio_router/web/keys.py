@@ -51,10 +51,14 @@ class Holder:
         """The priority that a request gets."""
         return max(wanted, Priority[self.config.max_priority.name], key=lambda priority: priority.value)
 
+    def may_ask(self, alias: str, said: str | None = None) -> bool:
+        """Whether it may ask `alias`, which the client called `said`."""
+        return not {alias, said, ANY_MODEL}.isdisjoint(self.config.models)
+
     def check_model(self, alias: str, said: str | None = None) -> None:
         """Raise ModelNotAllowed unless it may ask `alias`, which the client called `said`."""
         config = self.config
-        if alias not in config.models and ANY_MODEL not in config.models and said not in config.models:
+        if not self.may_ask(alias, said):
             raise ModelNotAllowed(
                 f"the key {config.name!r} may not ask model {alias!r}; it may ask {', '.join(config.models) or 'none'}",
                 param="model",

@@ -47,6 +47,8 @@ from trio_router.web.protocols import Http1, Protocols
 log = structlog.get_logger("trio_router.web")
 
 BACKLOG: Final = 1024
+KEEPALIVE_SECONDS = 60
+"""After so long without a byte a client's machine is asked whether it is still there."""
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 CONTINUE: Final = b"HTTP/1.1 100 "
 KEPT_FILES: Final = 1024
@@ -315,5 +317,7 @@ async def _accept(nursery: trio.Nursery, connections: Connections, listening: so
             sock.setblocking(False)
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # of who reads only, nothing else tells
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
             nursery.start_soon(connections.serve, sock)
             await trio.lowlevel.checkpoint()

@@ -267,7 +267,9 @@ def _add_one_model(app: QuartTrio, registry: Registry) -> None:
     @app.get("/props")
     async def model_props() -> Response:
         if "model" not in request.args:
-            return json_response(await props(registry))
+            default = registry.config.system.default_model
+            hidden = g.holder is not None and default is not None and not g.holder.may_ask(default)
+            return json_response(router_props(registry) if hidden else await props(registry))
         return await passed_on(await loaded(registry, model_meant(registry)), "/props")
 
     async def of_one_model() -> Response:

@@ -68,6 +68,11 @@ class Reloader:
             for alias in (*changes.added, *changes.changed)
             if (reason := unusable_reason(config.models[alias]))
         ]
+        problems += [
+            model_problem(config.path, config.models[alias], reason, "gpu")
+            for alias in (*changes.added, *changes.changed)
+            if (reason := _elsewhere(changes.config, alias))
+        ]
         if problems:
             raise ConfigError(problems)
         return changes
@@ -76,6 +81,12 @@ class Reloader:
         """The same; whoever sent the signal reads the log."""
         with suppress(InvalidConfig):
             await self.reload()
+
+
+def _elsewhere(config: RouterConfig, alias: str) -> str | None:
+    """Why a model cannot be where it is to be, until the router is started again."""
+    late = [gpu for gpu in config.models[alias].gpu or () if gpu not in config.system.gpu_devices]
+    return f"GPU {late[0]} of system.gpu_devices is the router's only after another start" if late else None
 
 
 def described(changes: Changes) -> dict[str, Any]:
