@@ -85,7 +85,8 @@ class Footprints:
         *Cancellation*: at once; a file on a disk that hangs is left to its thread.
         """
         for model in self.registry.models.values():
-            model.supervisor.weighing.scales = self.scales
+            for each in (model, *model.replicas):
+                each.supervisor.weighing.scales = self.scales
             model.supervisor.weighing.told = partial(self._hear, model.alias)
             model.weigh = self._read
         async with trio.open_nursery() as nursery:

@@ -28,7 +28,7 @@ from trio_router.memory.devices import Snapshot as Devices
 from trio_router.memory.footprint import Footprint
 from trio_router.memory.ledger import Ledger
 from trio_router.memory.need import need_of
-from trio_router.memory.room import RAM, Need
+from trio_router.memory.room import RAM, Need, Room
 from trio_router.telemetry.events import Events, UnloadReason
 from trio_router.telemetry.facts import ModelFacts
 
@@ -60,6 +60,8 @@ class Model:
     kept: bool = False
     """Asked for by name by somebody who did not wait: cleared once it was ready, or failed."""
     preload: bool = False
+    wished: bool = False
+    """Whether that is so because somebody waits for the model whose replica it is."""
     last_used: float = -math.inf
     """Trio time at which it was last ready or idle again."""
     keep_seconds: float | None = None
@@ -181,10 +183,14 @@ class Model:
         """Whether it stays whoever else wants room; replicas do not."""
         return self.config.pinned and self.leader is None
 
-    def need(self) -> Need | None:
-        """Memory that it takes; None: not known."""
+    def need(self, room: Room | None = None) -> Need | None:
+        """Memory that it takes; None: not known. What it counts as larger for does not make it too large for ever."""
         gpus = () if self.devices is None else self.devices.gpu_devices
-        return need_of(self.config, self.footprint, gpus, self.relief.factor(self.footprint))
+        factor = self.relief.factor(self.footprint)
+        need = need_of(self.config, self.footprint, gpus, factor)
+        if factor > 1 and room is not None and room.never(need) is not None:
+            return need_of(self.config, self.footprint, gpus, 1.0)
+        return need
 
     def reserved(self) -> Mapping[int, int]:
         """Bytes reserved for it by device; none when it is not in memory, or what it needs was not known."""
@@ -214,8 +220,8 @@ class Model:
         wanted = self.scheduler.waiting or self.asked or self.kept or self.preload
         return self.state.resident or bool(wanted)
 
-    def snapshot(self) -> ModelSnapshot:
-        """What a decision may know."""
+    def snapshot(self, room: Room) -> ModelSnapshot:
+        """What a decision may know; `room` is all the memory there is."""
         return ModelSnapshot(
             alias=self.alias,
             state=self.state,
@@ -233,10 +239,11 @@ class Model:
             load_seconds=self.load_seconds or 0.0,
             last_used=self.last_used,
             keep_seconds=self.keep_seconds,
-            need=self.need() if self.state is State.OFF else None,
+            need=self.need(room) if self.state is State.OFF else None,
             frees=self.reserved(),
             pinned=self.pinned,
             crowded=self.relief.crowded,
+            patient=self.relief.patient,
         )
 
     def renew(self) -> None:

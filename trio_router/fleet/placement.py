@@ -21,7 +21,7 @@ The cases, in order; the numbers stand beside the code that is their case:
 7. Else residents that have had their turn leave, to make room (`turns.due`): if one of these is idle, then of all idle
    ones as few as are enough, those least missed (`fleet.eviction`); if these are too few, busy ones too, those first
    whose first waiter comes last.
-   One whose load failed for memory has an idle one leave even where the numbers say that there is room.
+   One whose load failed for memory has an idle one leave even where the numbers say that there is room, and waits for it (6).
    While requests run on one, it is yielding to its heir: no new lease. If the heir gives up, or gets another place,
    it stays. Back in the order of case 3, it stands behind those who got its place, unless it is wanted with higher
    priority than they had. Pinned models stay. Preloading never makes another model leave.
@@ -85,6 +85,8 @@ class ModelSnapshot:
     """Stays whoever else wants room."""
     crowded: bool = False
     """Memory was too short for it, whatever the numbers say: an idle model leaves before it is tried again."""
+    patient: bool = False
+    """One that was told to do so has to be gone first."""
 
     @property
     def resident(self) -> bool:
@@ -286,6 +288,11 @@ class _Plan:
             self.someone_waits = True
             self._take_place()
             return  # 7
+        if model.patient and self.inherited[model.alias]:
+            self.room = self.room.less(self.room.spot_soon(model.need) or Spot())
+            self.someone_waits = True
+            self._take_place()
+            return  # 6
         if self.free > 0 and spot is not None:
             self.free -= 1
             self.pinned += model.pinned

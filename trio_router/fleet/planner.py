@@ -75,19 +75,20 @@ def _with_place(registry: "Registry", plan: "_Telling", ahead: int) -> Plan:
     if room.seconds is None:
         why = f"model {model.alias!r} waits for a place: every model in memory has work, and others wait before it"
         return plan.told("wait", why, position=ahead + 1, wait=model.scheduler.expected(ticket, ahead))
-    drains = [registry.model(victim).scheduler.drained_in() for victim in room.evicts]
+    victims = [model for model in registry.everyone() if model.alias in room.evicts]
+    drains = [victim.scheduler.drained_in() for victim in victims]
     begins = _sum(room.seconds, *drains, model.load_seconds)
     scheduler = model.scheduler
     wait = expected_wait(scheduler.pace, ahead=ahead, slots=scheduler.slots, elapsed=(), opens_in=begins)
     after = plan.held + (model.footprint_bytes or 0) - sum(
-        registry.model(victim).footprint_bytes or 0 for victim in room.evicts
+        victim.footprint_bytes or 0 for victim in victims
     )  # fmt: skip
     outcome, why = "load", f"model {model.alias!r} is loaded: there is room for it"
     if room.evicts:
-        victims = ", ".join(map(repr, room.evicts))
+        names = ", ".join(map(repr, room.evicts))
         outcome = "wait" if room.seconds else "load"
         when = f"whose turn ends in {room.seconds:.1f} s" if room.seconds else "which makes room now"
-        why = f"model {model.alias!r} is loaded in the place of {victims}, {when}"
+        why = f"model {model.alias!r} is loaded in the place of {names}, {when}"
     return plan.told(
         outcome, why, position=ahead + 1, wait=wait, evicts=room.evicts, place=room.seconds, after=after
     )  # fmt: skip
@@ -129,7 +130,7 @@ def place_in(registry: "Registry", model: "Model", head: Head | None) -> float |
 
 
 def _turn(model: "Model", snapshot: Snapshot) -> float:
-    return turn_seconds(model.snapshot(), snapshot.turns)
+    return turn_seconds(model.snapshot(snapshot.room), snapshot.turns)
 
 
 def _leaves_in(model: "Model", resident: ModelSnapshot, head: Head, snapshot: Snapshot) -> float | None:

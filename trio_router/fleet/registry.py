@@ -167,7 +167,8 @@ class Registry:
         """What the last request for a model says of how long it is to stay idle; None: as long as any."""
         model = self.models.get(alias)
         if model is not None and model.keep_seconds != seconds:
-            model.keep_seconds = seconds
+            for each in (model, *model.replicas):
+                each.keep_seconds = seconds
             self.look()
 
     def ticket(
@@ -347,7 +348,8 @@ class Registry:
                         )
                     case _Renew(model=model):
                         # one that is on its way out already leaves as it would have, and does not come back by itself
-                        model.back = model.back or (model.retiring is None and model not in self.leaving)
+                        comes_back = model.state.resident and model.retiring is None and model not in self.leaving
+                        model.back = model.back or comes_back
                         drain_seconds = self.config.system.drain_timeout_sec
                         residents.retire(model, UnloadReason.RELOADED, drain_seconds=drain_seconds)
                     case _Look():
@@ -380,13 +382,14 @@ class Registry:
         """What a decision may know; `also` of a model that nobody wants."""
         system = self.config.system
         models = [model for model in self.everyone() if model.matters or model is also] if not self.draining else []
+        room = self.room()
         return Snapshot(
             now=trio.current_time(),
-            models=[model.snapshot() for model in models],
+            models=[model.snapshot(room) for model in models],
             max_resident=system.max_concurrent_models,
             idle_timeout=system.idle_timeout_sec if system.enable_idle_timeout else None,
             turns=TurnRules(min_turn=system.min_turn_sec, max_swap_wait=system.max_swap_wait_sec),
-            room=self.room(),
+            room=room,
         )
 
     def projected_bytes(self) -> int:
@@ -409,6 +412,7 @@ class Registry:
         for action in decision.actions:
             match action:
                 case Start(spot=spot):
+                    models[action.alias].relief.patient = False
                     residents.start(models[action.alias], spot)
                 case Refuse(shortage=shortage):
                     self._refuse(models[action.alias], shortage)
@@ -417,7 +421,7 @@ class Registry:
                     model = models[action.alias]
                     model.heir, model.behind = action.heir, action.behind
                     if action.heir is not None:
-                        models[action.heir].relief.crowded = False
+                        models[action.heir].relief.gives_way()
                     residents.retire(model, action.reason)
         self._have_yield(decision)
         return decision.look_again_at

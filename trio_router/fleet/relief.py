@@ -1,7 +1,7 @@
 """What is done for a model whose load failed for memory, so that the next try has a better chance.
 
-1. First it counts as larger than it was thought to be, by `RAISE`; an idle model leaves for it, whatever the numbers say;
-   and it is tried again.
+1. First it counts as larger than it was thought to be, by `RAISE`, if that leaves it a chance; an idle model leaves for
+   it, whatever the numbers say; and when that has left it is tried again.
 2. Then the steps of `models.<alias>.on_oom` are taken, one for each further failure. What was changed is told in the
    model's status for as long as it goes by that; its own flags hold again when it is loaded the next time.
 3. When none is left, it has failed.
@@ -27,6 +27,8 @@ class Relief:
 
     crowded: bool = False
     """Somebody idle is to leave before it is tried again."""
+    patient: bool = False
+    """Somebody leaves for it, and it is not tried again before that one has left."""
     adjusted: tuple[str, ...] = ()
     """How it differs from what router.toml says, in words."""
     own: ModelConfig | None = None
@@ -48,7 +50,7 @@ class Relief:
         """With what it is tried again: `model`, or a lighter one; None if nothing is left to be tried."""
         if not self._raised_once:
             self._raised_once = self.crowded = True
-            self._factor, self._raised = self.factor(footprint) * RAISE, footprint
+            self._factor, self._raised = RAISE, footprint
             return model  # 1
         while self._taken < len(model.on_oom):
             step = model.on_oom[self._taken]
@@ -60,9 +62,14 @@ class Relief:
                 return made.model  # 2
         return None  # 3
 
+    def gives_way(self) -> None:
+        """Somebody was told to leave for it."""
+        self.patient = self.patient or self.crowded
+        self.crowded = False
+
     def ready(self) -> None:
         """It could be loaded."""
-        self._raised_once = self.crowded = False
+        self._raised_once = self.crowded = self.patient = False
         self._taken = 0
 
     def over(self) -> ModelConfig | None:

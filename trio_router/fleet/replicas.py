@@ -32,6 +32,8 @@ def events_of(model: Model, events: Events) -> Events:
 def wish_for(models: Iterable[Model]) -> None:
     """Have replicas loaded for models whose slots do not suffice; to be called before a decision."""
     for model in models:
+        for replica in model.replicas:
+            _take_after(replica, model)
         if model.replicas and model.state is State.READY and model.retiring is None:
             waits = model.scheduler.waiting
             for replica in model.replicas:
@@ -39,11 +41,18 @@ def wish_for(models: Iterable[Model]) -> None:
                     break
                 if replica.state is State.FAILED:
                     replica.supervisor.try_again()
-                if replica.state is State.OFF:
-                    replica.preload = True
-                    replica.footprint = model.footprint
+                if replica.state is State.OFF and not replica.preload:
+                    replica.preload = replica.wished = True
                 if replica.state is not State.READY:
                     waits -= replica.scheduler.slots
+
+
+def _take_after(replica: Model, model: Model) -> None:
+    """What a replica that is not in memory needs is what its model does, and whether it is wished for is seen anew."""
+    if replica.state is State.OFF:
+        replica.footprint = model.footprint
+        if replica.wished:
+            replica.preload = replica.wished = False
 
 
 def say_whether_they_grow(models: Iterable[Model]) -> None:

@@ -156,7 +156,7 @@ def _can_load_more(registry: Registry, resident: Sequence[Model], room: Room) ->
     if len(resident) >= registry.config.system.max_concurrent_models:
         return False
     others = [model for model in registry.models.values() if model.state is State.OFF]
-    return any(room.spot(model.need()) is not None for model in others)
+    return any(room.spot(model.need(room)) is not None for model in others)
 
 
 def footprint_report(model: Model) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def reconfigure(registry: "Registry", changes: Changes) -> None:
             replica.supervisor.take(SupervisorSettings.of(config.system))
             replica.scheduler.cache_affinity = config.system.cache_affinity
         if alias in config.system.preload_models and alias not in before.system.preload_models:
-            model.preload = True
+            model.preload = model.scheduler.backend is None  # what is there has been loaded
     registry.events.emit(Reloaded(aliases=tuple(registry.models)))
     registry.look()
 

@@ -436,8 +436,8 @@ class Scheduler:
         """A slot can be used again."""
         if slot.backend is self.backend:
             self._free.append(slot)
+            self._alone = None
             if self._aside:
-                self._alone = None
                 self._take_back()
             if self.paused:
                 self._set_aside()

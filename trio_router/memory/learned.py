@@ -180,7 +180,7 @@ class Learned:
             facts = msgspec.json.decode(content[:MAX_BYTES], type=Facts)
         except FileNotFoundError:
             return Facts()
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             self._tell("what was learned cannot be read", error)
             return Facts()
         return facts if facts.version == VERSION else Facts()
