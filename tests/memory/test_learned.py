@@ -154,6 +154,8 @@ def test_of_two_devices_nobody_knows_whose_is_what() -> None:
         b'{"version": 1, "models": {"m": {"load": 3}}}',
         b'{"version": 99}',
         b"[" * 100_000,
+        b'{"version": 1, "models": {"\xff": {}}}',
+        b'{"x": ' + b"[" * 100_000,
     ],
 )
 def test_a_file_that_is_none_of_ours_counts_as_empty(tmp_path: Path, content: bytes) -> None:
