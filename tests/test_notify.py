@@ -51,7 +51,7 @@ def model(**facts: Any) -> ModelFacts:
 
 
 def fleet(*models: ModelFacts, phase: str = "ready") -> FleetFacts:
-    return FleetFacts(phase=phase, started_at=0, states=(), models=models)
+    return FleetFacts(phase=phase, uptime_seconds=0, states=(), models=models)
 
 
 def test_sentence() -> None:

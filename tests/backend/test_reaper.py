@@ -102,6 +102,27 @@ def test_signals_do_not_end_it_and_if_it_is_killed_there_is_another():
     end(process)
 
 
+def test_one_that_stands_still_is_replaced_and_kills_nobody_when_it_goes_on():
+    child, _ = group()
+    try:
+        with reaping() as reaper:
+            reaper.add(child.pid)
+            old = reaper.pid
+            assert old is not None
+            os.kill(old, signal.SIGSTOP)
+            for number in range(20_000):
+                reaper.remove(10**8 + number)  # nobody's
+                if reaper.pid != old:
+                    break
+            assert reaper.pid != old
+            assert not is_alive(old)
+            assert is_alive(child.pid)
+            reaper.remove(child.pid)
+        assert is_alive(child.pid)
+    finally:
+        end(child)
+
+
 def test_without_descriptors_the_router_goes_on():
     before = descriptors()
     reaper = Reaper()

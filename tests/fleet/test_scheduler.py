@@ -695,6 +695,28 @@ async def test_replicas_serve_the_rest_beside_who_is_alone(
     assert left_idle(leader)
 
 
+async def test_a_high_one_has_a_replicas_slot_before_who_is_to_be_alone(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    leader, follower = scheduler_of(1), scheduler_of(2)
+    follower.leader = leader
+    leader.followers.append(follower)
+    clients = Clients(leader, nursery)
+    for name, seconds in (("one", 1), ("two", 50), ("three", 1)):
+        await clients.come(name, seconds=seconds)
+    held = "two" if clients.leases["two"].slot.backend is leader.backend else "one"
+    await clients.come("alone", alone=True, seconds=1)
+    await trio.sleep(5)
+    await clients.come("high", HIGH, seconds=1)
+    await clients.come("normal", seconds=1)
+    if held == "two":
+        assert clients.record[3:] == ["5 high"]
+    await trio.sleep(100)
+    assert len(clients.record) == 6
+    follower.close()
+    assert left_idle(leader)
+
+
 async def test_alone_at_once(nursery: trio.Nursery, autojump_clock: MockClock) -> None:
     scheduler = scheduler_of(3)
     clients = Clients(scheduler, nursery)

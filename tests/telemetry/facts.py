@@ -55,4 +55,4 @@ def model(alias: str = "qwen", **facts: Any) -> ModelFacts:
 
 
 def fleet(*models: ModelFacts, phase: str = "ready") -> FleetFacts:
-    return FleetFacts(phase=phase, started_at=1000.0, states=STATES, models=models)
+    return FleetFacts(phase=phase, uptime_seconds=7.0, states=STATES, models=models)

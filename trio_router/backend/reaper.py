@@ -99,7 +99,11 @@ class Reaper:
     def _write(self, line: str) -> bool:
         try:
             os.write(self._pipe, line.encode())
-        except (BrokenPipeError, BlockingIOError):
+        except BrokenPipeError:
+            return False
+        except BlockingIOError:  # it stands still, and would kill who lives if it went on when it is closed
+            if self._popen is not None:
+                self._popen.kill()
             return False
         return True
 

@@ -100,6 +100,7 @@ class Registry:
     phase: str = "starting"
     """starting, ready, draining: what users see of the router itself."""
     started_at: float = attrs.field(factory=time.time)
+    _began: float = attrs.field(factory=time.monotonic)
     updated_at: float = attrs.field(factory=time.time)
     decisions: deque[Plan] = attrs.field(factory=lambda: deque(maxlen=KEPT_DECISIONS))
     """The last ones, oldest first."""
@@ -151,12 +152,17 @@ class Registry:
         """What is true now, for gauges: a value that may be handed to a thread."""
         return FleetFacts(
             phase=self.phase,
-            started_at=self.started_at,
+            uptime_seconds=self.uptime_seconds,
             states=_STATES,
             models=tuple(model.facts() for model in self.models.values()),
         )
 
     # --- requests ---------------------------------------------------------------------------------
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Since the start, whatever was done to the clock on the wall."""
+        return round(time.monotonic() - self._began, 3)
 
     def model(self, said: str) -> Model:
         """The model of that name, or that has it for another one. Raises UnknownModel."""

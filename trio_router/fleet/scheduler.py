@@ -162,10 +162,9 @@ class Scheduler:
         *Cancellation.* Leaves nothing behind. A free slot is taken without a checkpoint. A waiter that was given a slot
         and is cancelled before it runs has it still: it ends at its next await.
         """
-        if self.followers and not self.waiting and not ticket.alone:
-            lender = self._lender(ticket)
-            if lender is not None:
-                return lender._grant(ticket, lender._take(ticket))  # noqa: SLF001  (another of us)
+        lender = self._lender(ticket) if self._is_first(ticket) else None
+        if lender is not None:
+            return lender._grant(ticket, lender._take(ticket))  # noqa: SLF001  (another of us)
         if self._free and (not ticket.alone or not self._busy):  # and so nobody waits
             return self._grant(ticket, self._take(ticket))
         if not ticket.requeued:
@@ -356,6 +355,18 @@ class Scheduler:
             await self._idle.wait()
 
     # --- the mechanism ----------------------------------------------------------------------------
+
+    def _is_first(self, ticket: Ticket) -> bool:
+        """Whether those whose slots serve our queue may serve this one at once: nobody waits who comes before it.
+
+        Somebody may wait though they have slots that are free: who is to be alone, on ours.
+        """
+        if not self.followers or ticket.alone:
+            return False
+        if not self.waiting:
+            return True
+        rank = min(self._ranks.values(), key=Rank.key)
+        return rank.next().ticket.alone and ticket.key < rank.key()[0]
 
     def _lender(self, ticket: Ticket) -> "Scheduler | None":
         """Who has the slot that suits a request best: the one it goes on in, else one of who has most of them."""

@@ -1,6 +1,5 @@
 """What users see of a model: the contract's objects, made from what is true now."""
 
-import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -140,5 +139,5 @@ def server_status(registry: Registry) -> dict[str, Any]:
         "status": registry.phase,
         "started_at": timestamp(registry.started_at),
         "updated_at": timestamp(registry.updated_at),
-        "uptime_seconds": round(time.time() - registry.started_at, 3),
+        "uptime_seconds": registry.uptime_seconds,
     }

@@ -243,13 +243,13 @@ class Learned:
             self._put_driver(server, held, idle=held.bytes)
 
     def _put(self, print_: str, facts: ModelFacts) -> None:
-        models = {**self.facts.models, print_: attrs.evolve(facts, at=time.time())}
+        models = {**self.facts.models, print_: attrs.evolve(facts, at=_after(facts.at))}
         self.facts = attrs.evolve(self.facts, models=models)
 
     def _put_driver(self, server: str, held: Held, **sizes: int) -> None:
         key = f"{held.uuid} {server}"
         before = self.facts.drivers.get(key, DriverFacts(device=held.device))
-        drivers = {**self.facts.drivers, key: attrs.evolve(before, device=held.device, at=time.time(), **sizes)}
+        drivers = {**self.facts.drivers, key: attrs.evolve(before, device=held.device, at=_after(before.at), **sizes)}
         self.facts = attrs.evolve(self.facts, drivers=drivers)
 
     def _learn_driver(self, print_: str, server: str) -> None:
@@ -269,6 +269,11 @@ def _merged(stored: Facts, ours: Facts) -> Facts:
         models=_newest(stored.models, ours.models, MAX_MODELS),
         drivers=_newest(stored.drivers, ours.drivers, MAX_DRIVERS),
     )
+
+
+def _after(at: float) -> float:
+    """Now, or when something was learned before that, by a clock that has been set back since."""
+    return max(time.time(), at)
 
 
 def _newest(stored: Mapping[str, _Fact], ours: Mapping[str, _Fact], most: int) -> dict[str, _Fact]:

@@ -35,8 +35,7 @@ class FleetFacts:
 
     phase: str
     """starting, ready, draining."""
-    started_at: float
-    """Unix time."""
+    uptime_seconds: float
     states: tuple[str, ...]
     """Every state a model can have."""
     models: tuple[ModelFacts, ...]

@@ -1,6 +1,5 @@
 """What `/metrics/stream` sends: the live numbers of a board, in one object."""
 
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +22,7 @@ def metrics_snapshot(registry: Fleet, devices: Devices, summary: Summary) -> dic
         models.append({"alias": model.alias, "status": model.state, **_numbers([model], minute)})
     return {
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "server": {"status": facts.phase, "uptime_seconds": round(time.time() - facts.started_at, 3)},
+        "server": {"status": facts.phase, "uptime_seconds": facts.uptime_seconds},
         "gpu": gpu_numbers(devices.snapshot.devices),
         "models": models,
         "totals": _numbers(facts.models, whole),
