@@ -1,6 +1,7 @@
 """Looking at processes by way of /proc: who lives, under whom, how much memory it took."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,3 +68,10 @@ def memory_bytes(pid: int, field: str = "VmRSS") -> int:
 def reset_highest_memory(pid: int) -> None:
     """Make `VmHWM` start again from what is used now, proc(5)."""
     (PROC / str(pid) / "clear_refs").write_text("5")
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP; returns when all its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path("/proc", str(pid), "task")
+    wait_until(lambda: all(b") T " in (task / "stat").read_bytes() for task in tasks.iterdir()))

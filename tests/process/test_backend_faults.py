@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.conftest import StartRouter
-from tests.harness.processes import is_alive, wait_until
+from tests.harness.processes import is_alive, stop, wait_until
 from tests.harness.record import Record
 from tests.harness.router import RouterProcess
 
@@ -111,7 +111,7 @@ def test_a_stopped_llama_server_is_replaced(start_router: StartRouter, record: R
     (line,) = record.wait_for("started")
     queued = router.in_background("qwen", headers=way, stream=True)
     router.wait_for_status("qwen", queued=1)
-    os.kill(line["pid"], signal.SIGSTOP)
+    stop(line["pid"])
     gate.touch()
     assert running.answer().status_code == 200
     assert queued.answer().text.endswith("data: [DONE]\n\n")

@@ -1,7 +1,6 @@
 """Another router.toml while the router runs."""
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import StartRouter
-from tests.harness.processes import wait_until
+from tests.harness.processes import stop, wait_until
 from tests.harness.record import Record
 from tests.harness.router import RouterProcess, chat_body
 from tests.harness.toml import router_toml
@@ -148,7 +147,7 @@ def test_timeouts_hold_for_models_that_are_loaded(start_router: StartRouter, rec
     answer = router.post("/v1/config/reload").json()
     assert answer["changed"] == ["system.stall_timeout_sec", "system.health_interval_sec"]
     assert answer["models"]["unchanged"] == ["a"]
-    os.kill(line["pid"], signal.SIGSTOP)
+    stop(line["pid"])
     gate.touch()
     assert running.answer().status_code == 200
     assert len(record.lines("spawned")) == 2

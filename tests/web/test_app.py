@@ -270,6 +270,8 @@ async def test_an_id_that_is_none_is_replaced(sockets, way, identity):
         ([("X-Request-Deadline-Ms", "1.5")], (400, "invalid_deadline")),
         ([("X-Request-Deadline-Ms", "0")], (400, "invalid_deadline")),
         ([("X-Request-Deadline-Ms", "soon")], (400, "invalid_deadline")),
+        ([("X-Request-Deadline-Ms", "0" * 6000 + "1")], (400, "invalid_deadline")),
+        ([("X", "a")] * 600, (431, "bad_request")),
         ([("Content-Encoding", "gzip")], (415, "unsupported_media_type")),
         ([("Host", "evil.com")], (403, "host_not_allowed")),
         ([("Host", "localhost:80@evil.com")], (403, "host_not_allowed")),

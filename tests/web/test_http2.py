@@ -267,3 +267,51 @@ async def test_who_only_pings_has_an_end(sockets, autojump_clock: MockClock):
                 await client.say(PING)
                 await trio.sleep(1)
         assert 29 < trio.current_time() - began < 35
+
+
+async def test_all_at_once(sockets):
+    """The words that begin HTTP/2, and more behind them than is taken in at once."""
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        speaker = Speaker(client)
+        body = BODY[:-1] + b" " * 14_000 + b"}"
+        speech = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True, header_encoding=None))
+        speech.initiate_connection()
+        for stream in (1, 3):
+            head = [
+                (b":method", b"POST"),
+                (b":authority", b"localhost"),
+                (b":scheme", b"http"),
+                (b":path", CHAT.encode()),
+            ]
+            speech.send_headers(stream, head)
+            speech.send_data(stream, body, end_stream=True)
+        speaker.speech = speech
+        await speaker.flush()
+        for stream in (1, 3):
+            assert await speaker.hear(stream) == (200, b'{"ok":true}')
+
+
+async def test_heads_that_unpack_to_too_much(sockets):
+    """A few bytes that refer to one entry again and again: the connection ends."""
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        await speaker.ask(b"GET", b"/livez", [(b"x-long", b"y" * 3000)])
+        with contextlib.suppress(trio.BrokenResourceError):
+            await speaker.ask(b"GET", b"/livez", [(b"x-long", b"y" * 3000)] * 15)
+        with trio.fail_after(5):
+            await client.ended()
+        assert (await site.ask("GET", "/livez")).status == 200
+
+
+async def test_who_does_not_end_its_request_is_told_to(sockets):
+    async with open_site(sockets, Server()) as site, site.client() as client:
+        speaker = await Speaker(client).begin()
+        for _ in range(3):
+            stream = speaker.speech.get_next_available_stream_id()
+            head = [(b":method", b"GET"), (b":authority", b"localhost"), (b":scheme", b"http"), (b":path", b"/livez")]
+            speaker.speech.send_headers(stream, head)
+            await speaker.flush()
+            assert (await speaker.hear(stream))[0] == 200
+            with trio.fail_after(5):
+                while not speaker.speech.streams[stream].closed:
+                    speaker.speech.receive_data(await client.stream.receive_some(65536))

@@ -59,7 +59,7 @@ OWN_SITES: Final = frozenset({"same-origin", "none"})
 HOST = re.compile(r"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([^\s:@/\\?#\[\],]+?)\.?)(?::[0-9]*)?")
 """RFC 9110 section 7.2, for names as they are in use. No user before an `@`, nothing after the port."""
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-MILLISECONDS = re.compile(r"0*[1-9][0-9]{0,11}")
+MILLISECONDS = re.compile(r"0{0,20}[1-9][0-9]{0,11}")
 PRIORITIES: Final = {priority.label: priority for priority in Priority}
 
 

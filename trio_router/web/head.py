@@ -26,6 +26,7 @@ BARE_LINE_FEED: Final = re.compile(rb"(?:^|[^\r])\n")
 _CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 """In a head. Looked for before h11 sees it, whose expressions take time that grows with the square of the blanks before one."""
 MAX_CHUNK_LINE_BYTES: Final = 4096
+MAX_LINES: Final = 500
 _EMPTY_LINES: Final = re.compile(rb"(?:\r\n)*")
 _FOLDED: Final = re.compile(rb"\r\n[ \t]")
 _CHUNKS: Final = re.compile(rb"(?i)\r\ntransfer-encoding[ \t]*:")
@@ -111,7 +112,12 @@ def read_head(raw: bytes) -> Head | None:
 
 
 def check_lines(raw: bytes) -> None:
-    """Raise HeadRefused for lines that h11 forgives and others read differently (RFC 9112 sections 2.2 and 5.2)."""
+    """Raise HeadRefused for lines that h11 forgives and others read differently (RFC 9112 sections 2.2 and 5.2).
+
+    And for so many that it takes long.
+    """
+    if raw.count(b"\n") > MAX_LINES:
+        raise HeadRefused(f"the head has more than {MAX_LINES} lines", status=431)
     if BARE_LINE_FEED.search(raw):
         raise HeadRefused("a line of the head ends without a carriage return")
     if _FOLDED.search(raw):

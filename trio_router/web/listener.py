@@ -42,7 +42,7 @@ from trio_router.web.client_stream import ClientStream
 from trio_router.web.dataplane import DataPlane
 from trio_router.web.hangup import Hangups
 from trio_router.web.in_flight import InFlight
-from trio_router.web.protocols import Http1, Protocols
+from trio_router.web.protocols import MAX_HEADERS_BYTES, Http1, Protocols
 
 log = structlog.get_logger("trio_router.web")
 
@@ -63,6 +63,7 @@ def hypercorn_config() -> Config:
     config.keep_alive_max_requests = 1_000_000
     config.include_server_header = False
     config.h11_max_incomplete_size = 64 * 1024
+    config.h2_max_header_list_size = MAX_HEADERS_BYTES
     config.graceful_timeout = 0
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")

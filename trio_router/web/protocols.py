@@ -17,11 +17,12 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
+import h2.stream
 import h11
 import trio
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.events import Body, EndBody
+from hypercorn.protocol.events import Body, EndBody, StreamClosed
 from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, H2Protocol
 from hypercorn.protocol.h11 import H2ProtocolAssumedError, H11Protocol
@@ -37,6 +38,13 @@ ANSWERING: Final = frozenset({h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY})
 
 TOLD_SECONDS: Final = 1.0
 """Within this, whoever answers a stream has been told that it is over, and is cancelled: it is to send no more."""
+
+
+PIECE_BYTES: Final = 1024
+"""So much of HTTP/2 is taken in at once, and so many frames and heads at most: 64 KiB of them are seconds of h2's work."""
+H1_PIECE_BYTES: Final = 4096
+MAX_HEADERS_BYTES: Final = 16 * 1024
+"""Of one request's, unpacked (RFC 9113 section 6.5.2): a few bytes that refer to an entry stand for thousands."""
 
 
 class Parser(h11.Connection):
@@ -84,6 +92,20 @@ class Http1(H11Protocol):
         """Begin."""
         self.connection = Parser(self.config.h11_max_incomplete_size)
 
+    async def handle(self, event: Event) -> None:
+        """Something was read, or all is over. Others get their turn in between."""
+        if not isinstance(event, RawData) or len(event.data) <= H1_PIECE_BYTES:
+            await super().handle(event)
+            return
+        for at in range(0, len(event.data), H1_PIECE_BYTES):
+            try:
+                await super().handle(RawData(data=event.data[at : at + H1_PIECE_BYTES]))
+            except H2ProtocolAssumedError as assumed:
+                raise H2ProtocolAssumedError(assumed.data + event.data[at + H1_PIECE_BYTES :]) from assumed
+            if self.connection.their_state is h11.ERROR:
+                break
+            await trio.lowlevel.checkpoint()
+
     async def _check_protocol(self, event: h11.Request) -> None:
         if (event.method, event.target, event.http_version) == (b"PRI", b"*", b"2.0"):
             await super()._check_protocol(event)
@@ -109,6 +131,7 @@ class Http2(H2Protocol):
         self._patience = {}
         self._settle({h2.settings.SettingCodes.ENABLE_CONNECT_PROTOCOL: 0})  # no WebSockets
         await super().initiate(headers, settings)
+        self.connection.decoder.max_header_list_size = MAX_HEADERS_BYTES
         # a stream too many is refused by us: h2 would end them all
         self._settle(
             {h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: h2.connection.H2Connection.HIGHEST_ALLOWED_STREAM_ID}
@@ -120,8 +143,16 @@ class Http2(H2Protocol):
         self.connection.local_settings = h2.settings.Settings(client=False, initial_values=settled)
 
     async def handle(self, event: Event) -> None:
-        """Something was read, or all is over."""
-        await super().handle(event)
+        """Something was read, or all is over. Others get their turn in between."""
+        data = event.data if isinstance(event, RawData) else b""
+        if len(data) <= PIECE_BYTES:
+            await super().handle(event)
+        else:
+            for at in range(0, len(data), PIECE_BYTES):
+                if self.closed:
+                    break
+                await super().handle(RawData(data=data[at : at + PIECE_BYTES]))
+                await trio.lowlevel.checkpoint()
         if isinstance(event, Closed):
             for buffer in list(self.stream_buffers.values()):
                 await buffer.close()  # what it holds is for nobody
@@ -172,6 +203,8 @@ class Http2(H2Protocol):
         """Send on a stream; wait while its client takes something now and then."""
         if not isinstance(event, Body | EndBody):
             await super().stream_send(event)
+            if isinstance(event, StreamClosed):
+                await self._end(event.stream_id)
             await self._leave()
             return
         with trio.CancelScope(deadline=trio.current_time() + WRITE_STALL_SECONDS) as patience:
@@ -185,6 +218,14 @@ class Http2(H2Protocol):
             await self._give_up(event.stream_id)
             if isinstance(event, Body):
                 await trio.sleep(TOLD_SECONDS)
+
+    async def _end(self, stream_id: int) -> None:
+        """A request was answered. If its client has not ended it, it is to send no more (RFC 9113 section 8.1)."""
+        stream = self.connection.streams.get(stream_id)
+        if stream is not None and stream.state_machine.state is h2.stream.StreamState.HALF_CLOSED_LOCAL:
+            with contextlib.suppress(h2.exceptions.ProtocolError):
+                self.connection.reset_stream(stream_id, h2.errors.ErrorCodes.NO_ERROR)
+                await self._flush()
 
     async def _room(self, stream_id: int) -> None:
         """Wait until little enough of a stream is buffered. Hypercorn's push does not, if anything at all has been sent."""
