@@ -241,6 +241,8 @@ class Http2(H2Protocol):
                     patience.deadline = trio.current_time() + WRITE_STALL_SECONDS
         with contextlib.suppress(KeyError, MissingStreamError):  # forgotten meanwhile
             await super()._send_data(stream_id)
+        if stream_id not in self.stream_buffers:
+            await self._end(stream_id)
         await self._leave()
 
     async def _leave(self) -> None:
