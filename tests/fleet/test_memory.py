@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -12,13 +13,15 @@ from trio.testing import MockClock
 from tests.fleet.fake_servers import FakeServer, FakeServers
 from tests.fleet.fleet import Fleet, running
 from tests.memory.fake_nvml import GIB, FakeGpu, FakeNvml
-from trio_router.config.schema import ModelConfig, OomStep
+from trio_router.config.schema import ApiConfig, ModelConfig, OomStep, RouterConfig, SystemConfig
 from trio_router.errors import InsufficientMemory
+from trio_router.fleet.registry import Registry
 from trio_router.fleet.status import status
 from trio_router.memory.devices import DeviceMonitor
 from trio_router.memory.footprint import Footprint, Part, Place
 from trio_router.memory.host import HostMemory
 from trio_router.memory.ledger import SEEN_SECONDS
+from trio_router.telemetry.events import Events
 
 
 def footprint(gibibytes: float, host: float = 0) -> Footprint:
@@ -313,3 +316,66 @@ async def test_steps_are_taken_only_where_they_are_named_and_told(
         assert status(fleet["a"])["adjusted"] == []
         await fleet.ask("a")
         assert servers.flags["a"] == ("-c", "8192"), "its own flags hold again"
+
+
+async def test_replicas_of_what_is_preloaded_reserve_memory(autojump_clock: MockClock) -> None:
+    servers = HungryServers(sizes={"a": 14.0})
+    nvml = FakeNvml([servers.gpu], hang=servers.freed)
+
+    devices = DeviceMonitor(gpu_devices=(0,), nvml=nvml, call=_inline)
+    system = SystemConfig(base_models_path=Path("/m"), preload_models=("a",), vram_reserve_mb=0)
+    model = ModelConfig(alias="a", model_path="a", file=Path("/m/a"), slots=1, replicas=2, flags=SAID)
+    config = RouterConfig(path=Path("r"), api=ApiConfig(), system=system, models={"a": model})
+    registry = Registry.of(config, servers, Events(), devices)
+    registry.host = HostMemory(read=lambda: None)
+    registry.models["a"].footprint = footprint(14)
+    with servers.installed():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(devices.run)
+            await nursery.start(registry.run)
+            await trio.sleep(60)
+            assert [alias for _, alias in servers.starts] == ["a"]
+            nursery.cancel_scope.cancel()
+
+
+async def test_one_that_ran_out_of_memory_for_anothers_reason_is_not_lost(autojump_clock: MockClock) -> None:
+    """15 % more of 21.5 GiB would be more than there is."""
+    async with hungry(a=21.5) as (fleet, servers):
+        plan = servers.plan("a")
+        plan.dies_with, plan.words = 1, "cudaMalloc failed: out of memory"
+        fleet.soon("a", 1)
+        await trio.sleep(0.5)
+        plan.dies_with, plan.words = None, ""
+        await trio.sleep(1000)
+        await fleet.ask("a", 1)
+
+
+async def test_what_it_counts_as_larger_for_does_not_grow(autojump_clock: MockClock) -> None:
+    async with hungry(a=10, failed_retry_sec=60) as (fleet, servers):
+        plan = servers.plan("a")
+        plan.dies_with, plan.words = 1, "cudaMalloc failed: out of memory"
+        for _ in range(8):
+            fleet.soon("a", 1)
+            await trio.sleep(500)
+        plan.dies_with, plan.words = None, ""
+        await fleet.ask("a", 1)
+        assert fleet.registry.ledger.held["a"].spot.bytes[0] <= 11.6 * GIB
+
+
+async def test_who_ran_out_of_memory_waits_until_the_other_has_left(autojump_clock: MockClock) -> None:
+    async with hungry(a=2, b=10) as (fleet, servers):
+        await fleet.ask("a", 1)
+        await trio.sleep(10)
+        servers.alive["a"].plan.stop_seconds = 1.5
+        plan = servers.plan("b")
+        plan.dies_with, plan.words = 1, "cudaMalloc failed: out of memory"
+        fleet.soon("b", 1)
+        for number in range(30):
+            await trio.sleep(0.2)
+            fleet.soon("b", 1, name=f"b{number}")
+            if fleet["a"].state.value == "stopping":
+                plan.dies_with, plan.words = None, ""
+        await trio.sleep(60)
+        record = [line.partition(" ")[2] for line in fleet.record]
+        assert record.index("a left: evicted") < len(record) - 1 - record[::-1].index("b starting")
+        assert fleet["b"].state.value == "ready"

@@ -6,6 +6,7 @@ from trio.testing import MockClock
 
 from tests.fleet.fake_servers import FakeServers
 from tests.fleet.fleet import HIGH, LOW, NORMAL, running
+from trio_router.fleet.ticket import Priority
 
 
 async def test_those_who_wait_and_those_who_come_are_served_in_a_turn(
@@ -129,3 +130,20 @@ async def test_two_models_with_work_share_the_time(servers: FakeServers, autojum
         served = {alias: len(fleet.of(f"request-{alias}")) for alias in "ab"}
         assert abs(served["a"] - served["b"]) < 120
         assert 600 / 14 <= len(fleet.of("starting")) <= 600 / 10
+
+
+async def test_one_slot_is_given_back_after_a_pause_that_follows_who_was_alone(autojump_clock: MockClock) -> None:
+    async with running(FakeServers(), {"a": 1, "b": 1}, max_concurrent_models=1, min_turn_sec=1) as fleet:
+        ticket = fleet.registry.ticket("a", Priority.NORMAL)
+        ticket.alone = True
+        lease = await fleet.registry.lease(ticket)
+        await trio.sleep(0.1)
+        lease.release()
+        lease = await fleet.lease("a")
+        heir = fleet.soon("b", 1)
+        await trio.sleep(5)
+        assert fleet["a"].scheduler.paused
+        lease.release()
+        heir.cancel()
+        await trio.sleep(1)
+        await fleet.ask("a", 1)

@@ -5,6 +5,7 @@ from pathlib import Path
 import attrs
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.fleet.fake_servers import FakeServers
 from tests.fleet.fleet import Fleet, running
@@ -207,3 +208,16 @@ async def test_while_it_drains_nothing_comes_back(autojump_clock):
         assert trio.current_time() == 6
         await trio.sleep(10)
         assert fleet.states == "off"
+
+
+async def test_a_loaded_model_that_comes_to_be_preloaded_is_not_pinned_by_that(autojump_clock: MockClock) -> None:
+    async with running(FakeServers(), {"a": 1, "b": 1}, max_concurrent_models=1, idle_timeout_sec=30) as fleet:
+        await fleet.ask("a", 1)
+        config = fleet.registry.config
+        fleet.registry.apply(
+            compare(config, attrs.evolve(config, system=attrs.evolve(config.system, preload_models=("a",))))
+        )
+        await fleet.ask("b", 1)
+        assert fleet.states == "off ready"
+        await trio.sleep(100)
+        assert fleet.states == "off off"

@@ -10,6 +10,7 @@ from trio.testing import MockClock
 from tests.fleet.fake_servers import FakeServers
 from tests.fleet.fleet import Fleet, running
 from trio_router.backend.conversation import Conversation
+from trio_router.errors import TimedOut
 from trio_router.fleet.registry import Registry
 from trio_router.fleet.reload import compare
 from trio_router.fleet.scheduler import IDLE
@@ -181,3 +182,40 @@ async def test_a_reload_brings_other_replicas(servers, autojump_clock: MockClock
         fleet.soon("a", 20)
         await trio.sleep(5)
         assert states(fleet) == ["ready", "ready"]
+
+
+async def test_a_wish_for_a_replica_ends_with_who_waited(autojump_clock: MockClock) -> None:
+    async with replicated(FakeServers(), max_concurrent_models=2, idle_timeout_sec=30) as fleet:
+        fleet.soon("b", 400, name="b")
+        fleet.soon("a", 10, name="first")
+        await trio.sleep(3)
+        fleet.soon("a", 1, name="second")
+        await trio.sleep(300)
+        assert states(fleet)[1:] == ["off"]
+        assert not fleet["a"].replicas[0].preload
+        await trio.sleep(600)
+        assert states(fleet)[1:] == ["off"], "b has left, and nobody waits"
+
+
+async def test_a_plan_may_have_a_replica_leave(autojump_clock: MockClock) -> None:
+    async with replicated(FakeServers(), max_concurrent_models=2) as fleet:
+        fleet.soon("a", 10, name="first")
+        await trio.sleep(3)
+        fleet.soon("a", 3, name="second")
+        await trio.sleep(30)
+        for _ in range(2):
+            await fleet.ask("a", 1)
+        registry = fleet.registry
+        assert registry.plan(registry.ticket("b", Priority.NORMAL)).evicts == ("a#1",)
+        with pytest.raises(TimedOut):
+            await registry.lease(registry.ticket("b", Priority.NORMAL, due=trio.current_time() + 0.1))
+
+
+async def test_how_long_a_model_is_kept_holds_for_its_replicas(autojump_clock: MockClock) -> None:
+    async with replicated(FakeServers(), max_concurrent_models=3, enable_idle_timeout=False) as fleet:
+        fleet.soon("a", 5)
+        await trio.sleep(2)
+        await fleet.ask("a", 5)
+        fleet.registry.keep("a", 0)
+        await trio.sleep(100)
+        assert set(states(fleet)) == {"off"}

@@ -51,6 +51,14 @@ def scheduler_of(slots: int = 1, *, max_waiting: int = 500, opened: bool = True)
     return scheduler
 
 
+def with_a_replica() -> tuple[Scheduler, Scheduler]:
+    """Of one slot, and of two that serve its queue."""
+    leader, follower = scheduler_of(1), scheduler_of(2)
+    follower.leader = leader
+    leader.followers.append(follower)
+    return leader, follower
+
+
 def left_idle(scheduler: Scheduler) -> bool:
     """Whether nothing is left of all that was, once the backend is gone too."""
     scheduler.close()
@@ -676,9 +684,7 @@ async def test_whoever_comes_while_one_waits_to_be_alone_waits_too(
 async def test_replicas_serve_the_rest_beside_who_is_alone(
     nursery: trio.Nursery, autojump_clock: MockClock, *, leaves: bool
 ) -> None:
-    leader, follower = scheduler_of(1), scheduler_of(2)
-    follower.leader = leader
-    leader.followers.append(follower)
+    leader, follower = with_a_replica()
     clients = Clients(leader, nursery)
     for name, seconds in (("one", 1), ("two", 3), ("three", 1)):
         await clients.come(name, seconds=seconds)
@@ -698,19 +704,16 @@ async def test_replicas_serve_the_rest_beside_who_is_alone(
 async def test_a_high_one_has_a_replicas_slot_before_who_is_to_be_alone(
     nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:
-    leader, follower = scheduler_of(1), scheduler_of(2)
-    follower.leader = leader
-    leader.followers.append(follower)
+    leader, follower = with_a_replica()
     clients = Clients(leader, nursery)
     for name, seconds in (("one", 1), ("two", 50), ("three", 1)):
         await clients.come(name, seconds=seconds)
-    held = "two" if clients.leases["two"].slot.backend is leader.backend else "one"
+    assert clients.leases["two"].slot.backend is leader.backend
     await clients.come("alone", alone=True, seconds=1)
     await trio.sleep(5)
     await clients.come("high", HIGH, seconds=1)
     await clients.come("normal", seconds=1)
-    if held == "two":
-        assert clients.record[3:] == ["5 high"]
+    assert clients.record[3:] == ["5 high"]
     await trio.sleep(100)
     assert len(clients.record) == 6
     follower.close()

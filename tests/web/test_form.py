@@ -136,7 +136,7 @@ async def test_it_goes_as_it_came(sockets, way):
             assert body == FORM
             assert f"\r\nContent-Type: {KIND}\r\n".encode() in head
         assert [told.endpoint for told in await site.told(3)] == [PATH] * 3
-        assert len(site.connections.plane.known_heads) == 0
+        assert site.connections.plane.known_heads._heads == {}
 
 
 @pytest.mark.parametrize(

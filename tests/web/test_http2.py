@@ -8,19 +8,22 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.settings
+import h11
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
 from tests.backend.peer import until
-from tests.web.site import BODY, CHAT, Client, open_site
+from tests.web.site import BODY, CHAT, Client, open_site, request
 from tests.web.test_app import EVENTS, STREAM, Server, chunk
 from trio_router.telemetry.events import Outcome
+from trio_router.web.protocols import H1_PIECE_BYTES, H2_PIECE_BYTES
 
 Fields = list[tuple[bytes, bytes]]
 LAST = b"0\r\n\r\n"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+CHUNKED = [("Transfer-Encoding", "chunked")]
 PING = b"\0\0\x08\x06\0\0\0\0\0" + b"12345678"
 
 
@@ -315,3 +318,39 @@ async def test_who_does_not_end_its_request_is_told_to(sockets):
             with trio.fail_after(5):
                 while not speaker.speech.streams[stream].closed:
                     speaker.speech.receive_data(await client.stream.receive_some(65536))
+
+
+async def test_others_get_their_turn_while_much_is_taken_in(sockets, monkeypatch):
+    """Of HTTP/2, and of HTTP/1 that Hypercorn reads: no more at once than is said, and a checkpoint in between."""
+    taken: list[tuple[int, int]] = []
+    turns = 0
+
+    def noting(receive):
+        def note(self, data):
+            taken.append((len(data), turns))
+            return receive(self, data)
+
+        return note
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with open_site(sockets, Server()) as site, trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        for kind, size, said in (
+            (h2.connection.H2Connection, H2_PIECE_BYTES, PREFACE + b"\0\0\0\x04\0\0\0\0\0" + PING * 3000),
+            (h11.Connection, H1_PIECE_BYTES, request("POST", "/livez", CHUNKED) + b"1\r\na\r\n" * 8000 + b"0\r\n\r\n"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(kind, "receive_data", noting(kind.receive_data))
+                async with site.client() as client:
+                    await client.say(said)
+                    most = len(said) - len(PREFACE) - 200  # the first words are another parser's
+                    await until(lambda: sum(count for count, _ in taken) >= most, 10)  # noqa: B023  (it waits here)
+            assert max(count for count, _ in taken) <= size
+            assert len({turn for _, turn in taken}) > len(taken) // 2
+            taken.clear()
+        nursery.cancel_scope.cancel()

@@ -17,6 +17,7 @@ from trio_router.backend.connection import BackendLost
 from trio_router.backend.health import expire_silent
 from trio_router.errors import BackendTimeout, BackendUnavailable
 from trio_router.fleet.scheduler import Lease
+from trio_router.web.assembly import NotWhole
 from trio_router.web.error_events import error_event
 from trio_router.web.outgoing import NOT_FORWARDED, Opened, Outgoing, is_event_stream, request_head, request_start
 from trio_router.web.relay import MAX_HALF_BYTES, TAIL_BYTES, Answer
@@ -188,7 +189,7 @@ def answer_of(
     endpoint: str = "/v1/chat/completions",
 ) -> tuple[Answer, Scripted, Scheduler]:
     connection, scheduler = Scripted(*script), Scheduler()
-    backend: Any = SimpleNamespace(alias="qwen", lost=None)
+    backend: Any = SimpleNamespace(alias="qwen", lost=None, look_for_its_end=lambda: None)
     slot: Any = SimpleNamespace(backend=backend)
     kind = b"text/event-stream; charset=utf-8" if stream else b"application/json"
     head = head_of(200, [(b"content-type", kind), *(headers or [])])
@@ -404,3 +405,28 @@ async def test_a_backend_that_cannot_be_reached(sockets):
     with pytest.raises(BackendLost):
         await outgoing().attempt(Slot(backend, 0))
     assert condemned == ["its socket was removed"]
+
+
+async def test_who_ended_its_connection_may_have_its_slot(sockets):
+    """In the tick in which its stream turns out to be no whole: it does not ask again, nor has it the slot any more."""
+
+    async def answers(stream: trio.SocketStream) -> None:
+        await read_request(stream)
+        await stream.send_all(answer(b"{}"))
+        await trio.sleep_forever()
+
+    async with listening(sockets / "a.sock", answers) as address:
+        backend: Any = SimpleNamespace(alias="qwen", address=address, patience_seconds=30, pins=False)
+        slot = Slot(backend, 0)
+
+        def check(_: Any) -> None:
+            slot.disconnect()
+            raise NotWhole("no whole", ever=False)
+
+        stoppable: Any = SimpleNamespace(body=b"{}", check=check)
+        stoppable.on = lambda _: stoppable
+        out = outgoing()
+        out.stoppable = stoppable
+        with pytest.raises(BackendLost, match="was ended"):
+            await out.attempt(slot)
+        assert out.slot is None

@@ -18,9 +18,10 @@ from trio_router.backend.process import is_exiting
 
 COMPUTE_ERROR = b'"message":"Compute error."'
 """As no text of a model can stand in an answer: its quotes would be escaped."""
-ENDING: Final = "its llama-server ended"
 COMPUTE_ERRORS = 3
 """llama-server's decode failed this often without one success between: it is broken, not a request."""
+ENDING: Final = "its llama-server ended"
+"""Why a backend is lost whose process has ended by itself, or has begun to."""
 
 
 @attrs.define(eq=False)

@@ -157,12 +157,12 @@ class Registry:
             models=tuple(model.facts() for model in self.models.values()),
         )
 
-    # --- requests ---------------------------------------------------------------------------------
-
     @property
     def uptime_seconds(self) -> float:
         """Since the start, whatever was done to the clock on the wall."""
         return round(time.monotonic() - self._began, 3)
+
+    # --- requests ---------------------------------------------------------------------------------
 
     def model(self, said: str) -> Model:
         """The model of that name, or that has it for another one. Raises UnknownModel."""
@@ -427,7 +427,7 @@ class Registry:
                     model = models[action.alias]
                     model.heir, model.behind = action.heir, action.behind
                     if action.heir is not None:
-                        models[action.heir].relief.gives_way()
+                        models[action.heir].relief.somebody_leaves()
                     residents.retire(model, action.reason)
         self._have_yield(decision)
         return decision.look_again_at

@@ -62,8 +62,8 @@ class Relief:
                 return made.model  # 2
         return None  # 3
 
-    def gives_way(self) -> None:
-        """Somebody was told to leave for it."""
+    def somebody_leaves(self) -> None:
+        """For it: it waits for that, if memory was too short."""
         self.patient = self.patient or self.crowded
         self.crowded = False
 

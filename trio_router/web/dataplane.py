@@ -46,9 +46,9 @@ HEAD_SECONDS: Final = 30.0
 WRITE_STALL_SECONDS: Final = 60.0
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 4 * 1024 * 1024
-FIRST_BYTES: Final = 1024 * 1024
-MOST_BYTES: Final = 4 * 1024 * 1024
-"""How much room a body is given before any of it came, and at once later."""
+ROOM_BYTES: Final = 1024 * 1024
+"""How much a body is given before it is there."""
+_ROOM: Final = memoryview(bytes(ROOM_BYTES))
 LAST_CHUNK: Final = b"0\r\n\r\n"
 BLANK: Final = ord(" ")
 """No method begins with this or a lesser byte; a TLS handshake does."""
@@ -277,7 +277,7 @@ class DataPlane:
             client.received = received[length:]
             return received[:length]
         have = len(received)
-        whole = bytearray(min(length, max(FIRST_BYTES, have)))
+        whole = bytearray(min(length, max(ROOM_BYTES, have)))
         whole[:have] = received
         client.received = b""
         began = trio.current_time()
@@ -287,8 +287,8 @@ class DataPlane:
                 patience.deadline = due(began, have + count)
 
             while have < length:
-                if have == len(whole):  # as much as has come, again: what was only announced takes no memory
-                    whole += bytes(min(have, MOST_BYTES, length - have))
+                if have == len(whole):  # what was only announced takes no memory
+                    whole += _ROOM[: length - have]
                 with memoryview(whole) as view:
                     await client.receive_into(view[have:], came)
                 have = len(whole)

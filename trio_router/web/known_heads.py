@@ -38,9 +38,6 @@ class KnownHeads:
 
     _heads: dict[tuple[bytes, bytes], Known] = attrs.field(factory=dict)
 
-    def __len__(self) -> int:
-        return len(self._heads)
-
     def recall(self, client: ClientSocket, raw: bytes, renewal: int, max_body_bytes: int) -> tuple[Known | None, int]:
         """What is known of the head `raw`, and the length that it says.
 

@@ -47,9 +47,9 @@ from trio_router.web.protocols import MAX_HEADERS_BYTES, Http1, Protocols
 log = structlog.get_logger("trio_router.web")
 
 BACKLOG: Final = 1024
-KEEPALIVE_SECONDS = 60
-"""After so long without a byte a client's machine is asked whether it is still there."""
 ACCEPT_PAUSE_SECONDS: Final = 0.1
+KEEPALIVE_SECONDS: Final = 60
+"""After so long without a byte a client's machine is asked whether it is still there."""
 CONTINUE: Final = b"HTTP/1.1 100 "
 KEPT_FILES: Final = 1024
 """For llama-servers, their pipes and slots, and for reading files; of few files half."""

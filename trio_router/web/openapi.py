@@ -75,6 +75,8 @@ class Endpoint:
     parameters: tuple[Schema, ...] = ()
     body: str | None = None
     """Name of the body's schema."""
+    takes: str = JSON
+    """Content type of the body."""
     error: Schema = attrs.field(factory=lambda: ref("Error"))
     """What an error looks like."""
     streams: bool = False
@@ -107,8 +109,7 @@ class Endpoint:
         if self.path in OPEN_PATHS:
             operation["security"] = []
         if self.body is not None:
-            kind = FORM if self.body == "Transcription" else JSON
-            operation["requestBody"] = {"required": True, "content": {kind: {"schema": ref(self.body)}}}
+            operation["requestBody"] = {"required": True, "content": {self.takes: {"schema": ref(self.body)}}}
         return operation
 
 
@@ -127,6 +128,7 @@ def _inference(path: str) -> Endpoint:
         errors=(404, 408, 413, 415, 429, 500, 501, 502, 503, 504),
         parameters=(PRIORITY, DEADLINE),
         body="Transcription" if path in FORM_PATHS else "InferenceRequest",
+        takes=FORM if path in FORM_PATHS else JSON,
         error=object_with(error=OBJECT),  # llama-server's own errors have other fields
         streams=True,
     )

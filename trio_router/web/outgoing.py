@@ -125,6 +125,7 @@ class Outgoing:
             return await begun(connection, answer, stoppable)
         except NotWhole as error:
             if slot.connection is None:  # somebody else ended it just now, for a reason that holds
+                self.slot = None
                 raise self.refusal or BackendLost("the connection was ended") from error
             if stoppable is not None:
                 self.stoppable = stoppable.otherwise(slot.backend, error)

@@ -38,11 +38,9 @@ ANSWERING: Final = frozenset({h11.IDLE, h11.SEND_RESPONSE, h11.SEND_BODY})
 
 TOLD_SECONDS: Final = 1.0
 """Within this, whoever answers a stream has been told that it is over, and is cancelled: it is to send no more."""
-
-
-PIECE_BYTES: Final = 1024
-"""So much of HTTP/2 is taken in at once, and so many frames and heads at most: 64 KiB of them are seconds of h2's work."""
-H1_PIECE_BYTES: Final = 4096
+H1_PIECE_BYTES: Final = 16 * 1024
+H2_PIECE_BYTES: Final = 1024
+"""So much is taken in before others get their turn: 64 KiB of small chunks, or frames, are up to seconds of work."""
 MAX_HEADERS_BYTES: Final = 16 * 1024
 """Of one request's, unpacked (RFC 9113 section 6.5.2): a few bytes that refer to an entry stand for thousands."""
 
@@ -145,13 +143,13 @@ class Http2(H2Protocol):
     async def handle(self, event: Event) -> None:
         """Something was read, or all is over. Others get their turn in between."""
         data = event.data if isinstance(event, RawData) else b""
-        if len(data) <= PIECE_BYTES:
+        if len(data) <= H2_PIECE_BYTES:
             await super().handle(event)
         else:
-            for at in range(0, len(data), PIECE_BYTES):
+            for at in range(0, len(data), H2_PIECE_BYTES):
                 if self.closed:
                     break
-                await super().handle(RawData(data=data[at : at + PIECE_BYTES]))
+                await super().handle(RawData(data=data[at : at + H2_PIECE_BYTES]))
                 await trio.lowlevel.checkpoint()
         if isinstance(event, Closed):
             for buffer in list(self.stream_buffers.values()):

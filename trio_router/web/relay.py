@@ -211,6 +211,7 @@ class Answer:
         if self.refusal is not None:
             return self.refusal
         backend = self.lease.slot.backend
+        backend.look_for_its_end()
         if lost.silent:
             return BackendTimeout(f"model {backend.alias!r}: {lost}", param="model")
         why = f"the llama-server of model {backend.alias!r} was lost in the middle of an answer"
